@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,16 +43,13 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:  # a broken installation fails in ways that nobody listed
-            yield Finding(check.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}", "reinstall neurarium in a fresh environment")
+            yield Finding(check.__name__.strip("_"), "broken", f"{type(error).__name__}: {error}", "reinstall in a fresh environment")
 
 
 def _python() -> Iterator[Finding]:
     yield Finding("neurarium", "ok", f"{__version__}, in {Path(__file__).parent}")
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        yield Finding("python", "broken", version, "neurarium needs Python 3.11 or later")
-    else:
-        yield Finding("python", "ok", f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} logical processors")
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical processors"
+    yield Finding("python", "ok", f"{platform.python_version()} on {machine}")
 
 
 def _packages() -> Iterator[Finding]:

@@ -45,7 +45,10 @@ def test_an_interval_is_contained_when_every_point_is(a: float, b: float, end: f
         assert not (bound.contains(low) and bound.contains(high))
 
 
-@pytest.mark.parametrize("text", ["", "0.3", "<= ", "=< 3", "<= x", "<= 1 or > 2", "in [1]", "in (0, 1)", "<= nan", "<= inf", "<= 1_0", "<= 0x1", "<= ٣"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "0.3", "<= ", "=< 3", "<= x", "<= 1 or > 2", "in [1]", "in (0, 1)", "<= nan", "<= inf", "<= 1_0", "<= 0x1", "<= ٣"],
+)
 def test_what_is_no_bound_is_refused_with_the_syntax(text: str):
     with pytest.raises(BadInput, match="write it as"):
         Bound.parse(text)

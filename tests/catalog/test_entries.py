@@ -66,7 +66,8 @@ def test_a_working_paper_is_read_field_by_field():
 
 
 def test_a_comparison_is_read():
-    (comparison,) = read('[[comparison]]\nid = "c"\nquestion = "?"\nmembers = ["x", "y"]\nexperiment = "neurarium.experiments.nn.compare_c"\n')
+    text = '[[comparison]]\nid = "c"\nquestion = "?"\nmembers = ["x", "y"]\nexperiment = "neurarium.experiments.nn.compare_c"\n'
+    (comparison,) = read(text)
     assert comparison.members == ("x", "y")
     assert comparison.room == "nn"
 
@@ -147,7 +148,7 @@ def test_filter_narrows_and_refuses_unknown_values():
     assert all(p.room == "spiking" and p.role == "learner" for p in chosen)
     assert papers.filter() == papers.papers
     for wrong in ({"room": "spikin"}, {"role": "learners"}, {"status": "work"}):
-        with pytest.raises(BadInput, match="did you mean"):
+        with pytest.raises(BadInput, match='did you mean'):
             papers.filter(**wrong)
 
 

@@ -77,6 +77,8 @@ def test_within_is_the_edit_distance(a: str, b: str):
     assert [within(a, b, edits) for edits in (0, 1, 2)] == [exact <= edits for edits in (0, 1, 2)]
 
 
-@pytest.mark.parametrize("family", [("quantize", "quantise", "quantization", "quantisation", "quantized"), ("prune", "pruning", "pruned", "prunes")])
+@pytest.mark.parametrize(
+    "family", [("quantize", "quantise", "quantization", "quantisation", "quantized"), ("prune", "pruning", "pruned", "prunes")]
+)
 def test_a_word_family_has_one_stem(family: tuple[str, ...]):
     assert len({stem(word) for word in family}) == 1
