@@ -207,9 +207,9 @@ def run(
 
     A run that was interrupted goes on where it stopped.
     """
-    papers = _chosen(ids, room, all_)
     if publish and scale is not Scale.laptop:
         raise BadInput("--publish takes laptop records only: the claims of a smoke run are not judged")
+    papers = _chosen(ids, room, all_)
 
     def measure() -> Mapping[str, Record | NeurariumError]:
         from neurarium import lab

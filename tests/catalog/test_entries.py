@@ -137,7 +137,7 @@ def test_members_of_a_comparison_must_exist(tmp_path: Path):
 
 def test_get_suggests_near_ids():
     assert catalog.load().get("sltt").room == "spiking"
-    with pytest.raises(BadInput, match="no paper has the id 'stlt'; did you mean .*sltt"):
+    with pytest.raises(BadInput, match=r"no paper has the id 'stlt'; did you mean .*sltt"):
         catalog.load().get("stlt")
 
 

@@ -26,17 +26,19 @@ def parse(text: str | bytes, package: str = "neurarium"):
 @pytest.mark.parametrize(
     "id",
     [
-        "../../etc/passwd", "..", ".", "a/b", "a\\b", "/etc/passwd", "C:x", "a b", "a.b", "-rf", "--out", "a-", "a--b", "", "a\n", "a\0b", "A",
-        "x" * 65, "аbc", "ａbc", "a\u200bb", "a\u202eb", "é", "٣", "~", "$HOME", "`id`", "*", "a;b",
+        "../../etc/passwd", "..", ".", "a/b", "a\\b", "/etc/passwd", "C:x", "a b", "a.b", "-rf", "--out", "a-", "a--b", "", "a\n", "a\0b",
+        "A", "x" * 65, "аbc", "ａbc", "a\u200bb", "a\u202eb", "é", "٣", "~", "$HOME", "`id`", "*", "a;b",
     ],
 )  # fmt: skip
 def test_an_id_is_never_a_path_an_option_or_a_look_alike(id: str):
     text = PLANNED.replace('"acme-paper"', '"' + "".join(f"\\U{ord(c):08x}" for c in id) + '"')
-    with pytest.raises(BadInput, match="field 'id': .* must be 1 to 64 lower-case ASCII letters and digits"):
+    with pytest.raises(BadInput, match=r"field 'id': .* must be 1 to 64 lower-case ASCII letters and digits"):
         parse(text)
 
 
-@pytest.mark.parametrize("character", ["\x1b", "\x00", "\x07", "\x7f", "\x9b", "\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041", "\ue000"])
+@pytest.mark.parametrize(
+    "character", ["\x1b", "\x00", "\x07", "\x7f", "\x9b", "\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041", "\ue000"]
+)
 def test_invisible_characters_in_text_are_refused(character: str):
     with pytest.raises(BadInput, match=f"field 'title': holds the control or invisible character U\\+{ord(character):04X}"):
         parse(PLANNED.replace("A Paper", f"A \\U{ord(character):08x} Paper"))
