@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.sparse
+
 from neurarium import data
 from neurarium.data import files, store
 from neurarium.data.store import Remote
@@ -46,7 +47,9 @@ class Getattr:
         return getattr, ("x", "upper")
 
 
-@pytest.mark.parametrize("payload", [Evil(), {"data": [Evil()]}, Getattr(), io.BytesIO(b""), np.array([Evil()], object), np.random.default_rng(0)])
+@pytest.mark.parametrize(
+    "payload", [Evil(), {"data": [Evil()]}, Getattr(), io.BytesIO(b""), np.array([Evil()], object), np.random.default_rng(0)]
+)
 def test_a_pickle_cannot_run_code_or_make_foreign_objects(payload: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match="refused"):
@@ -54,13 +57,17 @@ def test_a_pickle_cannot_run_code_or_make_foreign_objects(payload: object, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("raw", [b"", b"garbage", pickle.dumps([1, 2])[:-4], b"\x80\x02]q\x00(" * 3, b"cposix\nsystem\n(S'ls'\ntR.", b"Pfoo\n."])
+@pytest.mark.parametrize(
+    "raw", [b"", b"garbage", pickle.dumps([1, 2])[:-4], b"\x80\x02]q\x00(" * 3, b"cposix\nsystem\n(S'ls'\ntR.", b"Pfoo\n."]
+)
 def test_garbage_is_no_pickle(raw: bytes) -> None:
     with pytest.raises(BadInput):
         files.read_pickle(raw, "garbage")
 
 
-@pytest.mark.parametrize("value", [np.arange(6.0).reshape(2, 3), np.arange(6, dtype=">i4")[::2], np.asfortranarray(np.ones((2, 3), np.uint8))])
+@pytest.mark.parametrize(
+    "value", [np.arange(6.0).reshape(2, 3), np.arange(6, dtype=">i4")[::2], np.asfortranarray(np.ones((2, 3), np.uint8))]
+)
 def test_honest_arrays_survive(value: np.ndarray) -> None:
     assert np.array_equal(files.read_pickle(pickle.dumps(value, protocol=2), "a"), value)
 
@@ -68,7 +75,12 @@ def test_honest_arrays_survive(value: np.ndarray) -> None:
 def test_sparse_matrices_are_checked_before_they_are_built() -> None:
     honest = scipy.sparse.random(7, 5, 0.4, format="csr", random_state=0)
     assert np.allclose(files.read_pickle(pickle.dumps(honest, protocol=2), "m"), honest.toarray())
-    for field, value in (("indices", honest.indices + 5), ("indices", honest.indices - 5), ("indptr", honest.indptr[::-1].copy()), ("indptr", honest.indptr + 1)):
+    for field, value in (
+        ("indices", honest.indices + 5),
+        ("indices", honest.indices - 5),
+        ("indptr", honest.indptr[::-1].copy()),
+        ("indptr", honest.indptr + 1),
+    ):
         broken = honest.copy()
         setattr(broken, field, value.astype(np.int32))
         with pytest.raises(BadInput, match="sparse matrix"):
@@ -119,7 +131,12 @@ def test_the_original_cifar_archive_is_read_and_hostile_ones_are_refused(mirror:
     task = data.images("cifar10")
     assert (len(task.train), len(task.test), task.classes, task.note) == (100, 20, 10, "")
     assert np.array_equal((task.test.x[3] * 255).round().numpy().astype(np.uint8), pixels[3].reshape(3, 32, 32))
-    for batch in ({b"data": Evil(), b"labels": [0]}, {b"data": pixels, b"labels": [0]}, {b"data": pixels.astype(float), b"labels": [0] * 20}, [1]):
+    for batch in (
+        {b"data": Evil(), b"labels": [0]},
+        {b"data": pixels, b"labels": [0]},
+        {b"data": pixels.astype(float), b"labels": [0] * 20},
+        [1],
+    ):
         cifar(path, batch)
         with pytest.raises(BadInput):
             data.images("cifar10")
@@ -249,9 +266,15 @@ def test_a_download_is_cached_and_checked(mirror: Path, address: str, tmp_path: 
 
 @pytest.mark.parametrize(
     ("where", "md5", "why"),
-    [("/file", "0" * 32, "upstream publishes 0000"), ("/short", None, "connection broke|IncompleteRead"), ("/none", None, "failed: Not Found")],
+    [
+        ("/file", "0" * 32, "upstream publishes 0000"),
+        ("/short", None, "connection broke|IncompleteRead"),
+        ("/none", None, "failed: Not Found"),
+    ],
 )
-def test_a_bad_download_leaves_nothing_and_says_why(where: str, md5: str | None, why: str, mirror: Path, address: str, tmp_path: Path) -> None:
+def test_a_bad_download_leaves_nothing_and_says_why(
+    where: str, md5: str | None, why: str, mirror: Path, address: str, tmp_path: Path
+) -> None:
     with pytest.raises(MissingData, match=why) as caught:
         store.obtain(Remote("set/file.txt", address + where, md5), 'neurarium.data.text("x")')
     assert 'neurarium.data.text("x")' in str(caught.value)

@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from scipy import signal
+
 from neurarium import data
 from neurarium.errors import BadInput
-from scipy import signal
 
 mirror = pytest.mark.skipif(not os.environ.get("NEURARIUM_DATA"), reason="NEURARIUM_DATA is not set: no mirror folder to read from")
 
@@ -108,7 +109,9 @@ def test_mnist() -> None:
 
 
 @mirror
-@pytest.mark.parametrize(("name", "nodes", "features", "edges", "classes"), [("cora", 2708, 1433, 10_556, 7), ("citeseer", 3327, 3703, 9_104, 6)])
+@pytest.mark.parametrize(
+    ("name", "nodes", "features", "edges", "classes"), [("cora", 2708, 1433, 10_556, 7), ("citeseer", 3327, 3703, 9_104, 6)]
+)
 def test_planetoid(name: str, nodes: int, features: int, edges: int, classes: int) -> None:
     task = data.graph(name)
     assert task.x.shape == (nodes, features)

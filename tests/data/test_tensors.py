@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from neurarium.data import TensorData, stratified
 from neurarium.errors import BadInput
 

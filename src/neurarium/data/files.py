@@ -26,7 +26,14 @@ from neurarium.errors import BadInput
 
 __all__ = ["open_zip", "read_idx", "read_member", "read_pickle", "read_tar", "read_text"]
 
-_IDX = {0x08: np.dtype("u1"), 0x09: np.dtype("i1"), 0x0B: np.dtype(">i2"), 0x0C: np.dtype(">i4"), 0x0D: np.dtype(">f4"), 0x0E: np.dtype(">f8")}
+_IDX: dict[int, np.dtype[Any]] = {
+    0x08: np.dtype("u1"),
+    0x09: np.dtype("i1"),
+    0x0B: np.dtype(">i2"),
+    0x0C: np.dtype(">i4"),
+    0x0D: np.dtype(">f4"),
+    0x0E: np.dtype(">f8"),
+}
 
 
 def read_idx(path: Path) -> np.ndarray[Any, Any]:
@@ -48,7 +55,8 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
     dtype, shape = _IDX[raw[2]], tuple(int(s) for s in np.frombuffer(raw, ">u4", raw[3], 4))
     if len(raw) - start != math.prod(shape) * dtype.itemsize:
         raise BadInput(f"{path.name}: the header announces shape {shape}, but {len(raw) - start} bytes of data follow")
-    return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    array: np.ndarray[Any, Any] = np.frombuffer(raw, dtype, offset=start).reshape(shape)
+    return array.astype(dtype.newbyteorder("="))
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -183,19 +191,23 @@ def _build(value: Any) -> Any:
     raise BadInput(f"it holds a {type(value).__name__.lstrip('_')}")
 
 
+_NUMBERS = {"b1", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"}
+
+
 def _array(state: Any) -> np.ndarray[Any, Any]:
     # numpy's state: (version, shape, dtype, column-major, data)
     if not (isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Dtype) and isinstance(state[1], tuple)):
         raise BadInput("an array without a proper state")
     _, shape, kind, columns, data = state
     code = kind.args[0] if kind.args else None
-    order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 else "|"
-    if not isinstance(code, str) or code not in {"u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8"} or order not in ("<", ">", "|", "="):
+    order: Any = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 else "|"
+    if not isinstance(code, str) or code not in _NUMBERS or order not in ("<", ">", "|", "="):
         raise BadInput(f"an array of dtype {code!r}")
     dtype = np.dtype(code).newbyteorder("|" if order == "|" else order)
     if isinstance(data, str):
         data = data.encode("latin1")
-    if not all(isinstance(s, int) and s >= 0 for s in shape) or not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+    sizes = all(isinstance(s, int) and s >= 0 for s in shape)
+    if not sizes or not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
         raise BadInput(f"an array of shape {shape} whose data does not fit")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if columns else "C").astype(dtype.newbyteorder("="))
 
@@ -204,16 +216,17 @@ def _dense(state: Any) -> np.ndarray[Any, Any]:
     """A CSR matrix (its ``__dict__``) as a dense float32 array, after checking that its indices fit."""
     if not isinstance(state, dict):
         raise BadInput("a sparse matrix without a proper state")
-    shape = state.get("_shape")
+    shape: Any = state.get("_shape")
     indptr, indices, data = (_build(state.get(k)) for k in ("indptr", "indices", "data"))
-    if not (isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(s, int) and 0 <= s for s in shape) and 4 * math.prod(shape) <= LIMIT):
+    sizes = isinstance(shape, tuple) and len(shape) == 2 and all(isinstance(s, int) and s >= 0 for s in shape)
+    if not sizes or 4 * math.prod(shape) > LIMIT:
         raise BadInput(f"a sparse matrix of shape {shape}")
     if not all(isinstance(a, np.ndarray) and a.ndim == 1 for a in (indptr, indices, data)):
         raise BadInput("a sparse matrix without its three arrays")
     rows, columns = shape
     counts = np.diff(indptr)
     fits = len(indptr) == rows + 1 and indptr[0] == 0 and (counts >= 0).all() and indptr[-1] == len(indices) == len(data)
-    if not fits or (len(indices) and not (0 <= indices.min() and indices.max() < columns)):
+    if not fits or (len(indices) and not (indices.min() >= 0 and indices.max() < columns)):
         raise BadInput("a sparse matrix whose indices do not fit its shape")
     dense = np.zeros(shape, np.float32)
     np.add.at(dense, (np.repeat(np.arange(rows), counts), indices), data)

@@ -31,15 +31,17 @@ def _uci(folder: str) -> tuple[Remote, ...]:
     return tuple(Remote(f"uci-regression/{folder}/{p}", f"{base}/{p}") for p in ("data.txt", "index_features.txt", "index_target.txt"))
 
 
+_KRIZ = "https://www.cs.toronto.edu/~kriz"
 _WIKITEXT = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2"
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv"
 _ETT = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small"
+_FSDD = "https://github.com/Jakobovski/free-spoken-digit-dataset"
 _SKLEARN = "https://scikit-learn.org/stable/datasets/toy_dataset.html"
 _UCI_HOME = "https://archive.ics.uci.edu"
 #: name -> folder of the eight UCI regression sets
 UCI = {
-    "boston-housing": "bostonHousing", "concrete": "concrete", "energy": "energy", "kin8nm": "kin8nm",
-    "naval-propulsion-plant": "naval-propulsion-plant", "power-plant": "power-plant", "wine-quality-red": "wine-quality-red", "yacht": "yacht",
+    "boston-housing": "bostonHousing", "concrete": "concrete", "energy": "energy", "kin8nm": "kin8nm", "yacht": "yacht",
+    "naval-propulsion-plant": "naval-propulsion-plant", "power-plant": "power-plant", "wine-quality-red": "wine-quality-red",
 }  # fmt: skip
 
 _ALL = [
@@ -58,14 +60,14 @@ _ALL = [
     ),
     Source(
         "cifar10", "images", "https://www.cs.toronto.edu/~kriz/cifar.html", "unstated", "photographs of 10 classes, 50,000 + 10,000, 32x32",
-        files=(Remote("cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
+        files=(Remote("cifar-10-python.tar.gz", f"{_KRIZ}/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),),
         mirrored=("cifar10-jpeg.zip",),
     ),
     *(Source(n, "tabular", _SKLEARN, "CC BY 4.0", note, embedded="scikit-learn") for n, note in {
         "iris": "150 flowers, 4 features, 3 classes", "wine": "178 wines, 13 features, 3 classes",
         "breast_cancer": "569 tumours, 30 features, 2 classes", "diabetes": "442 patients, 10 features, regression"}.items()),
     *(Source(n, "tabular", _UCI_HOME, "CC BY 4.0", "UCI regression", files=_uci(folder)) for n, folder in UCI.items()),
-    *(Source(f"etth{i}", "series", "https://github.com/zhouhaoyi/ETDataset", "CC BY-ND 4.0", "transformer load and oil temperature, hourly, 2016-18",
+    *(Source(f"etth{i}", "series", "https://github.com/zhouhaoyi/ETDataset", "CC BY-ND 4.0", "transformer load and oil temperature, hourly",
              files=(Remote(f"ett/ETTh{i}.csv", f"{_ETT}/ETTh{i}.csv"),)) for i in (1, 2)),
     Source(
         "tiny-shakespeare", "text", "https://github.com/karpathy/char-rnn", "public domain", "1.1 MB of plays",
@@ -89,8 +91,8 @@ _ALL = [
         "cora": "2,708 papers, 7 classes, citations", "citeseer": "3,327 papers, 6 classes, citations",
         "pubmed": "19,717 papers, 3 classes, citations"}.items()),
     Source(
-        "spoken-digits", "audio", "https://github.com/Jakobovski/free-spoken-digit-dataset", "CC BY-SA 4.0", "3,000 recordings, 6 speakers, 8 kHz",
-        files=(Remote("free-spoken-digits.zip", "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"),),
+        "spoken-digits", "audio", _FSDD, "CC BY-SA 4.0", "3,000 recordings, 6 speakers, 8 kHz",
+        files=(Remote("free-spoken-digits.zip", f"{_FSDD}/archive/refs/tags/v1.0.10.zip"),),
     ),
     Source("scikit-image", "photos", "https://scikit-image.org/docs/stable/api/skimage.data.html", "CC0 and public domain",
            "photographs", embedded="scikit-image"),
@@ -149,7 +151,8 @@ def where(name: str) -> Path | str:
     if files is not None:
         return files[0] if len(files) == 1 else files[0].parent
     addresses = [r.url for r in source.files if r.url] or [source.home]
-    return f"not on this machine (neither in {cache_dir()} nor in {mirror_dir() or '$NEURARIUM_DATA, which is not set'}); from {addresses[0]}"
+    mirror = mirror_dir() or "$NEURARIUM_DATA, which is not set"
+    return f"not on this machine (neither in {cache_dir()} nor in {mirror}); from {addresses[0]}"
 
 
 def get(name: str) -> Path | str:

@@ -82,7 +82,8 @@ def text(name: str, *, seed: int = 0) -> TextTask:
             cut = parts[0].rfind("\n", 0, int(0.9 * len(parts[0]))) + 1
             parts = [parts[0][:cut], parts[0][cut:], parts[1]]
             note += "; no train file here: trained on 90 % of its valid file, validated on the rest"
-        return TextTask(name, *(Texts((p,)) for p in parts), note=note)
+        first, second, third = (Texts((p,)) for p in parts)
+        return TextTask(name, first, second, third, note=note)
     documents, labels, classes = _sms(paths[0]) if name == "sms-spam" else _ag_news(paths[0])
     y = torch.tensor(labels)
     order = stratified(y, len(y), seed)

@@ -106,8 +106,10 @@ def _cifar10(paths: tuple[Path, ...]) -> tuple[tuple[Array, ...], str]:
     parts = []
     for name, raw in read_tar(path, names).items():
         batch = read_pickle(raw, name)
-        x, y = (batch.get("data"), batch.get("labels")) if isinstance(batch, dict) else (None, None)
-        if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072 or not isinstance(y, list) or len(y) != len(x):
+        x: Any = batch.get("data") if isinstance(batch, dict) else None
+        y: Any = batch.get("labels") if isinstance(batch, dict) else None
+        pixels = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 2 and x.shape[1] == 3072
+        if not pixels or not isinstance(y, list) or len(y) != len(x) or not all(v in range(10) for v in y):
             raise BadInput(f"{path.name}: {name} holds no images and labels")
         parts.append((name, x.reshape(-1, 3, 32, 32), np.asarray(y, np.int64)))
     parts.sort(key=lambda p: names.index(p[0]))
@@ -118,7 +120,8 @@ def _cifar10(paths: tuple[Path, ...]) -> tuple[tuple[Array, ...], str]:
 def _cifar10_jpeg(path: Path) -> tuple[Array, ...]:
     """``train|test/CLASS/NNNN.jpg``, decoded once and kept in the cache; shuffled, since the archive is sorted by class."""
     with open_zip(path) as archive:
-        names = {split: sorted(n for n in archive.namelist() if n.startswith(f"{split}/") and n.endswith(".jpg")) for split in ("train", "test")}
+        pictures = sorted(n for n in archive.namelist() if n.endswith(".jpg"))
+        names = {split: [n for n in pictures if n.startswith(f"{split}/")] for split in ("train", "test")}
         print_ = hashlib.sha256(repr([(i.filename, i.CRC) for i in archive.infolist()]).encode()).hexdigest()[:16]
         arrays: list[Array] = []
         for split, members in names.items():
