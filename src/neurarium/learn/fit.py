@@ -218,7 +218,7 @@ def loop(
 
     Args:
         step: one update from one batch; returns the loss and the output (or ``None``) for the record.
-        parts: what has a ``state_dict`` besides the model (optimizers, schedules, readouts), by name; saved and restored. ``None`` is skipped.
+        parts: what else has a ``state_dict`` (optimizers, schedules, readouts), by name; saved and restored. ``None`` is skipped.
         evaluator: measures ``val``; :func:`evaluate` of the model by default.
     """
     if epochs < 0:
