@@ -106,6 +106,6 @@ class Block:
         return x.reshape(rows // self.out, self.out, columns // self.into, self.into)
 
 
-def Group(out: int, into: int = 1) -> Block:  # noqa: N802 - the field's name for it
+def Group(out: int, into: int = 1) -> Block:
     """`out` consecutive output channels at one input: the pattern that a vectorised kernel skips (e.g. 16 x 1)."""
     return Block(out, into)

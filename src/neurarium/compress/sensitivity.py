@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from neurarium.errors import BadInput
 
-__all__ = ["FisherOperator", "collect", "per_sample_grads"]
+__all__ = ["FisherOperator", "collect", "gram", "per_sample_grads"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,19 +103,19 @@ class FisherOperator:
         rows = self.rows if support is None else self.rows[:, support]
         v = (v if support is None else v[support]).double()
         n = len(rows)
-        factor = torch.linalg.cholesky(_gram(rows) + n * self.ridge * torch.eye(n, dtype=torch.float64, device=rows.device))
+        factor = torch.linalg.cholesky(gram(rows) + n * self.ridge * torch.eye(n, dtype=torch.float64, device=rows.device))
         inner = torch.cholesky_solve((rows @ v.to(rows.dtype)).double()[:, None], factor)[:, 0]
         return ((v - (rows.T @ inner.to(rows.dtype)).double()) / self.ridge).to(self.rows.dtype)
 
     def inverse_diagonal(self) -> Tensor:
         """The diagonal of H^-1, (p,)."""
         n = len(self.rows)
-        factor = torch.linalg.cholesky(_gram(self.rows) + n * self.ridge * torch.eye(n, dtype=torch.float64, device=self.rows.device))
+        factor = torch.linalg.cholesky(gram(self.rows) + n * self.ridge * torch.eye(n, dtype=torch.float64, device=self.rows.device))
         half = torch.linalg.solve_triangular(factor.to(self.rows.dtype), self.rows, upper=False)
         return (1 - (half * half).sum(0)) / self.ridge
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram(rows: Tensor) -> Tensor:
     """A A^T in float64, accumulated over column blocks: no float64 copy of A is made."""
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for block in rows.split(8192, 1):

@@ -1,20 +1,22 @@
 """CHITA: pruning as sparse regression on the gradients, without ever forming a Hessian.
 
-Optimal brain surgeon asks which weights to remove, and how to correct the others, so that a quadratic model of the loss rises least. With the
-empirical Fisher H = A^T A / n (the rows of A are n per-sample gradients) that is a regression with a budget of non-zero coefficients:
+Optimal brain surgeon asks which weights to remove, and how to correct the others, so that a quadratic model of the loss rises least.
+With the empirical Fisher H = A^T A / n (the rows of A are n per-sample gradients) that is a regression with a budget of non-zero
+coefficients:
 
     minimise Q(w) = 1/2 ||A w_bar - A w||^2 + alpha . w + (n lambda / 2) ||w - w_bar||^2   subject to ||w||_0 <= k.
 
-A is n x p, so the p x p matrix is never needed. *Iterative hard thresholding* alternates a gradient step with keeping the k largest weights;
-a line search picks the step: the largest one that leaves the support as it is, the exact minimiser along the gradient on that support if
-it is shorter, otherwise steps that double as long as Q falls. An *active set* restricts the iterations to somewhat more than k candidate
-columns and lets weights enter when the full gradient asks for them. At the end the weights on the support are *solved for exactly*
-(back-solve, an n x n system by Woodbury). Several stages at rising sparsity, with gradients taken anew, are CHITA++.
+A is n x p, so the p x p matrix is never needed. *Iterative hard thresholding* alternates a gradient step with keeping the k largest
+weights; a line search picks the step: the largest one that leaves the support as it is, the exact minimiser along the gradient on
+that support if it is shorter, otherwise steps that double as long as Q falls. An *active set* restricts the iterations to somewhat
+more than k candidate columns and lets weights enter when the full gradient asks for them. At the end the weights on the support are
+*solved for exactly* (back-solve, an n x n system by Woodbury). Several stages at rising sparsity, with gradients taken anew, are
+CHITA++.
 
-Source: Benbaki et al., Fast as CHITA (ICML 2023), sections 3 (formulation, hard thresholding, line search, active set, back-solve), 3.4
-(block approximation) and 4 (multi-stage). The authors' public code was read for settings.
-Departures: the step that keeps the support is the exact bound per coordinate; a weight pruned in an earlier stage stays pruned; the method
-"active" is the default, where the paper names its variants separately.
+Source: Benbaki et al., Fast as CHITA (ICML 2023), sections 3 (formulation, hard thresholding, line search, active set, back-solve),
+3.4 (block approximation) and 4 (multi-stage). The authors' public code was read for settings.
+Departures: the step that keeps the support is the exact bound per coordinate; a weight pruned in an earlier stage stays pruned; the
+method "active" is the default, where the paper names its variants separately.
 Cost: memory n p floats; about two passes over A an iteration, over its active columns only with "active".
 """
 
@@ -29,7 +31,7 @@ from torch.nn import functional as F
 
 from neurarium.compress.pattern import keep_largest
 from neurarium.compress.plan import MaskPlan, apply, prunable
-from neurarium.compress.sensitivity import FisherOperator, Loss, collect, per_sample_grads
+from neurarium.compress.sensitivity import Loss, collect, gram, per_sample_grads
 from neurarium.errors import BadInput
 
 __all__ = ["SparseSolution", "chita", "chita_pp", "plan_chita", "sparse_quadratic"]
@@ -78,7 +80,8 @@ def chita(
         loss_fn: of a batch of one.
 
     Raises:
-        UnsupportedModel: nothing prunable. BadInput: an empty or non-finite loader, a sparsity that would empty the network, too little memory.
+        UnsupportedModel: nothing prunable.
+        BadInput: an empty or non-finite loader, a sparsity that would empty the network, too little memory.
     """
     if stages < 1:
         raise BadInput(f"stages must be at least 1, got {stages}")
@@ -180,7 +183,7 @@ def sparse_quadratic(
         alpha: (p,) linear term, or None.
         method, iterations: see :func:`chita`; at most so many hard-thresholding steps (a round).
     """
-    n, p = rows.shape
+    p = rows.shape[1]
     if w_bar.shape != (p,):
         raise BadInput(f"w_bar must have {p} entries, got {tuple(w_bar.shape)}")
     if not 0 < k <= p:
@@ -193,9 +196,11 @@ def sparse_quadratic(
         history = [problem.value(w)]
     else:
         w, history = _active_set(problem, w, k, iterations) if method == "active" and 2 * k < p else _threshold(problem, w, k, iterations)
-    support = w.nonzero()[:, 0] if int((w != 0).sum()) == k else _support(w, w_bar, k)
+    support = _support(w, w_bar, k)
     w = _coordinate_descent(problem, w, support) if method == "cd" else problem.back_solve(support)
     history.append(problem.value(w))
+    if method == "active":
+        w, support = _exchange(problem, w, support, history)
     return SparseSolution(w, support, history[-1], tuple(history))
 
 
@@ -206,6 +211,7 @@ class _Quadratic:
         self.rows, self.w_bar, self.ridge = rows, w_bar.to(rows.dtype), ridge
         self.alpha = None if alpha is None else alpha.to(rows.dtype)
         self.weight = len(rows) * ridge  # n lambda
+        self.constant = 0.0  # of the columns that a restriction leaves out
         self.target = rows @ self.w_bar
 
     def value(self, w: Tensor) -> float:
@@ -214,7 +220,8 @@ class _Quadratic:
     def _value(self, w: Tensor, residual: Tensor) -> float:
         d = w - self.w_bar
         linear = 0.0 if self.alpha is None else float(self.alpha.double() @ w.double())
-        return 0.5 * float(residual.double() @ residual.double()) + linear + 0.5 * self.weight * float(d.double() @ d.double())
+        squares = float(residual.double() @ residual.double()) + self.weight * float(d.double() @ d.double())
+        return self.constant + linear + 0.5 * squares
 
     def gradient(self, w: Tensor) -> tuple[Tensor, float]:
         """The gradient and the value at w."""
@@ -222,12 +229,14 @@ class _Quadratic:
         g = self.weight * (w - self.w_bar) - self.rows.T @ residual
         return (g if self.alpha is None else g + self.alpha), self._value(w, residual)
 
-    def restricted(self, columns: Tensor, w: Tensor) -> _Quadratic:
-        """The same problem in the given columns; the others keep their values in w, which must be zero there."""
+    def restricted(self, columns: Tensor) -> _Quadratic:
+        """The same problem in the given columns, the others being zero."""
         part = _Quadratic.__new__(_Quadratic)
         part.rows, part.w_bar, part.ridge, part.weight = self.rows[:, columns].contiguous(), self.w_bar[columns], self.ridge, self.weight
         part.alpha = None if self.alpha is None else self.alpha[columns]
         part.target = self.target
+        outside = float(self.w_bar.double() @ self.w_bar.double()) - float(part.w_bar.double() @ part.w_bar.double())
+        part.constant = self.constant + 0.5 * self.weight * outside
         return part
 
     def curvature(self) -> float:
@@ -241,19 +250,34 @@ class _Quadratic:
                 break
         return 1.05 * (top + self.weight)
 
+    def quadratic_form(self, support: Tensor) -> Tensor:
+        """a_j^T (n lambda I + A_S A_S^T)^-1 a_j for every column j, (p,)."""
+        matrix = gram(self.rows[:, support])
+        factor = torch.linalg.cholesky(matrix + self.weight * torch.eye(len(matrix), dtype=torch.float64, device=matrix.device))
+        return torch.linalg.solve_triangular(factor.to(self.rows.dtype), self.rows, upper=False).square().sum(0)
+
     def back_solve(self, support: Tensor) -> Tensor:
-        """The exact minimiser with the given support: (A_S^T A_S + n lambda I) w_S = A_S^T A w_bar - alpha_S + n lambda w_bar_S."""
-        right = self.rows[:, support].T @ self.target + self.weight * self.w_bar[support]
-        if self.alpha is not None:
-            right = right - self.alpha[support]
-        n = len(self.rows)
-        part = self.rows[:, support]
-        if len(support) <= n:  # the k x k system is the smaller one
-            matrix = part.double().T @ part.double() + self.weight * torch.eye(len(support), dtype=torch.float64, device=part.device)
-            solution = torch.linalg.solve(matrix, right.double()).to(self.rows.dtype)
+        """The exact minimiser with the given support: w_S = w_bar_S + d with (A_S^T A_S + n lambda I) d = A_S^T b - alpha_S.
+
+        b is what the removed weights contributed to A w_bar. With more weights than samples d comes from the n x n kernel form, which is
+        free of the cancellation that Woodbury on the right-hand side of w_S would have.
+        """
+        part, kept = self.rows[:, support], self.w_bar[support]
+        missing = (self.target - part @ kept).double()
+        alpha = None if self.alpha is None else self.alpha[support].double()
+        small, eye = len(support) <= len(part), torch.eye(min(part.shape), dtype=torch.float64, device=part.device)
+        if small:
+            tall = part.double()
+            right = tall.T @ missing if alpha is None else tall.T @ missing - alpha
+            change = torch.linalg.solve(tall.T @ tall + self.weight * eye, right)
         else:
-            solution = FisherOperator(part, self.ridge).solve(right) / n
-        return torch.zeros_like(self.w_bar).index_copy_(0, support, solution)
+            if alpha is not None:
+                missing = missing + (part @ alpha.to(part.dtype)).double() / self.weight
+            inner = torch.linalg.solve(gram(part) + self.weight * eye, missing)
+            change = (part.T @ inner.to(part.dtype)).double()
+            if alpha is not None:
+                change = change - alpha / self.weight
+        return torch.zeros_like(self.w_bar).index_copy_(0, support, (kept.double() + change).to(self.w_bar.dtype))
 
 
 def _largest(w: Tensor, k: int) -> Tensor:
@@ -326,7 +350,7 @@ def _active_set(problem: _Quadratic, w: Tensor, k: int, iterations: int, rounds:
     history: list[float] = []
     for _ in range(rounds):
         columns = active.nonzero()[:, 0]
-        part, steps = _threshold(problem.restricted(columns, w), w[columns], k, iterations)
+        part, steps = _threshold(problem.restricted(columns), w[columns], k, iterations)
         history += steps
         w = torch.zeros_like(w).index_copy_(0, columns, part)
         g, value = problem.gradient(w)
@@ -342,6 +366,43 @@ def _active_set(problem: _Quadratic, w: Tensor, k: int, iterations: int, rounds:
         if not entered:
             break
     return w, history
+
+
+def _exchange(problem: _Quadratic, w: Tensor, support: Tensor, history: list[float], rounds: int = 10) -> tuple[Tensor, Tensor]:
+    """After the back-solve the gradient is zero on the support: exchange the weights that cost least for the columns that gain most.
+
+    With M = A^T A + n lambda I, removing i costs w_i^2 / (2 [M_SS^-1]_ii) and adding j gains g_j^2 / (2 (M / M_SS)_jj); both come from one
+    factor of n lambda I + A_S A_S^T. As many pairs as promise a gain are exchanged, half as many while Q, solved exactly on the new
+    support, does not fall; a last round tries the few best pairs one by one.
+    """
+    pairs = len(support)
+    for _ in range(rounds):
+        g, value = problem.gradient(w)
+        on = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, support, True)
+        form = problem.quadratic_form(support)  # a_j^T (n lambda I + A_S A_S^T)^-1 a_j
+        cost = torch.where(on, w.square() * problem.weight / (2 * (1 - form).clamp_min(1e-12)), float("inf"))
+        gain = torch.where(on, -1.0, g.square() / (2 * problem.weight * (1 + form)))
+        (cost, leaving), (gain, entering) = cost.sort(stable=True), gain.sort(descending=True, stable=True)
+        pairs = min(2 * pairs, int((gain > cost).sum()))
+        trials = [(leaving[:n], entering[:n]) for n in _halves(pairs)]
+        trials += [(leaving[i : i + 1], entering[j : j + 1]) for i, j in _CORNER if max(i, j) < min(len(support), len(w) - len(support))]
+        for out, into in trials:
+            swapped = on.index_fill(0, out, False).index_fill_(0, into, True).nonzero()[:, 0]
+            new = problem.back_solve(swapped)
+            if (after := problem.value(new)) < value * (1 - 1e-6):
+                break
+        else:
+            break
+        w, support, pairs = new, swapped, len(out)
+        history.append(after)
+    return w, support
+
+
+_CORNER = [(i, j) for total in range(5) for i in range(total + 1) for j in [total - i]]
+
+
+def _halves(n: int) -> list[int]:
+    return [] if n < 1 else [n, *_halves(n // 2)]
 
 
 def _coordinate_descent(problem: _Quadratic, w: Tensor, support: Tensor, sweeps: int = 20) -> Tensor:

@@ -1,7 +1,7 @@
 """The baselines of every pruning paper: remove the smallest weights, or those of the smallest diagonal-Fisher saliency.
 
-Magnitude: score |w|. Diagonal Fisher (optimal brain damage with the empirical Fisher): score w^2 E[g^2] / 2. Neither changes the weights that
-stay.
+Magnitude: score |w|. Diagonal Fisher (optimal brain damage with the empirical Fisher): score w^2 E[g^2] / 2. Neither changes the
+weights that stay.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """WoodFisher, the optimal-brain-surgeon baseline: prune in one shot by w^2 / [H^-1]_qq and correct the weights that stay.
 
-Removing weight q alone is best answered by the update -w_q H^-1 e_q / [H^-1]_qq and costs w_q^2 / (2 [H^-1]_qq). For a set of weights the
-single updates are added, which ignores that they interact: that is what CHITA mends.
+Removing weight q alone is best answered by the update -w_q H^-1 e_q / [H^-1]_qq and costs w_q^2 / (2 [H^-1]_qq). For a set of weights
+the single updates are added, which ignores that they interact: that is what CHITA mends.
 
-Source: Singh and Alistarh, WoodFisher (2020), with the inverse by Woodbury on all samples at once instead of one rank-one update a sample (the
-same matrix).
+Source: Singh and Alistarh, WoodFisher (2020), with the inverse by Woodbury on all samples at once instead of one rank-one update a
+sample (the same matrix).
 """
 
 from __future__ import annotations
