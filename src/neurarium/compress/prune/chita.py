@@ -250,17 +250,16 @@ class _Quadratic:
                 break
         return 1.05 * (top + self.weight)
 
-    def quadratic_form(self, support: Tensor) -> Tensor:
-        """a_j^T (n lambda I + A_S A_S^T)^-1 a_j for every column j, (p,)."""
-        matrix = gram(self.rows[:, support])
+    def quadratic_form(self, matrix: Tensor) -> Tensor:
+        """a_j^T (n lambda I + A_S A_S^T)^-1 a_j for every column j, (p,); `matrix` is A_S A_S^T."""
         factor = torch.linalg.cholesky(matrix + self.weight * torch.eye(len(matrix), dtype=torch.float64, device=matrix.device))
         return torch.linalg.solve_triangular(factor.to(self.rows.dtype), self.rows, upper=False).square().sum(0)
 
-    def back_solve(self, support: Tensor) -> Tensor:
+    def back_solve(self, support: Tensor, matrix: Tensor | None = None) -> Tensor:
         """The exact minimiser with the given support: w_S = w_bar_S + d with (A_S^T A_S + n lambda I) d = A_S^T b - alpha_S.
 
         b is what the removed weights contributed to A w_bar. With more weights than samples d comes from the n x n kernel form, which is
-        free of the cancellation that Woodbury on the right-hand side of w_S would have.
+        free of the cancellation that Woodbury on the right-hand side of w_S would have. `matrix` is A_S A_S^T if it is known already.
         """
         part, kept = self.rows[:, support], self.w_bar[support]
         missing = (self.target - part @ kept).double()
@@ -273,7 +272,7 @@ class _Quadratic:
         else:
             if alpha is not None:
                 missing = missing + (part @ alpha.to(part.dtype)).double() / self.weight
-            inner = torch.linalg.solve(gram(part) + self.weight * eye, missing)
+            inner = torch.linalg.solve((gram(part) if matrix is None else matrix) + self.weight * eye, missing)
             change = (part.T @ inner.to(part.dtype)).double()
             if alpha is not None:
                 change = change - alpha / self.weight
@@ -375,11 +374,11 @@ def _exchange(problem: _Quadratic, w: Tensor, support: Tensor, history: list[flo
     factor of n lambda I + A_S A_S^T. As many pairs as promise a gain are exchanged, half as many while Q, solved exactly on the new
     support, does not fall; a last round tries the few best pairs one by one.
     """
-    pairs = len(support)
+    pairs, rows, matrix = len(support), problem.rows, gram(problem.rows[:, support])
     for _ in range(rounds):
         g, value = problem.gradient(w)
         on = torch.zeros_like(w, dtype=torch.bool).index_fill_(0, support, True)
-        form = problem.quadratic_form(support)  # a_j^T (n lambda I + A_S A_S^T)^-1 a_j
+        form = problem.quadratic_form(matrix)  # a_j^T (n lambda I + A_S A_S^T)^-1 a_j
         cost = torch.where(on, w.square() * problem.weight / (2 * (1 - form).clamp_min(1e-12)), float("inf"))
         gain = torch.where(on, -1.0, g.square() / (2 * problem.weight * (1 + form)))
         (cost, leaving), (gain, entering) = cost.sort(stable=True), gain.sort(descending=True, stable=True)
@@ -388,13 +387,16 @@ def _exchange(problem: _Quadratic, w: Tensor, support: Tensor, history: list[flo
         trials += [(leaving[i : i + 1], entering[j : j + 1]) for i, j in _CORNER if max(i, j) < min(len(support), len(w) - len(support))]
         for out, into in trials:
             swapped = on.index_fill(0, out, False).index_fill_(0, into, True).nonzero()[:, 0]
-            new = problem.back_solve(swapped)
+            updated = matrix + gram(rows[:, into]) - gram(rows[:, out])
+            new = problem.back_solve(swapped, updated)
             if (after := problem.value(new)) < value * (1 - 1e-6):
                 break
         else:
             break
-        w, support, pairs = new, swapped, len(out)
+        w, support, matrix, pairs = new, swapped, updated, len(out)
         history.append(after)
+        if value - after < 1e-3 * value:
+            break
     return w, support
 
 
