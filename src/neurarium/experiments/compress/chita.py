@@ -1,7 +1,7 @@
 """CHITA against magnitude, diagonal Fisher and WoodFisher: accuracy right after pruning, at five sparsities, on the paper's MLPNet.
 
-All methods prune the same trained network, see the same 500 gradients (CHITA++ takes 500 new ones at each stage, as in the paper) and fine-tune
-nothing. A second network, a ResNet-8, is pruned block by block and then trained one epoch on.
+All methods prune the same trained network, see the same 500 gradients (CHITA++ takes 500 new ones at each stage, as in the paper)
+and fine-tune nothing. A second network, a ResNet-8, is pruned block by block and then trained one epoch on.
 """
 
 from __future__ import annotations
