@@ -1,0 +1,34 @@
+"""Room `compress`: smaller and faster networks that stay ordinary modules.
+
+Every transform is *plan + apply*: a planner reads the model and writes a frozen plan (:mod:`neurarium.compress.plan`), ``apply`` makes
+the new module of it. So one paper's plan goes with another's executor.
+"""
+
+from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
+from neurarium.compress.plan import MaskPlan, apply, finalise
+from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
+from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
+
+__all__ = [
+    "NM",
+    "Block",
+    "FisherOperator",
+    "Group",
+    "MaskPlan",
+    "Pattern",
+    "SparseSolution",
+    "Unstructured",
+    "apply",
+    "chita",
+    "chita_pp",
+    "diagonal_fisher",
+    "finalise",
+    "magnitude",
+    "per_sample_grads",
+    "plan_chita",
+    "plan_magnitude",
+    "sparse_quadratic",
+    "woodfisher",
+]

@@ -1,0 +1,1 @@
+"""Planners that remove single weights or channels."""
