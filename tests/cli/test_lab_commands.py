@@ -127,6 +127,8 @@ def inside(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     yield invoke
     catalog.load.cache_clear()
+    for name in [name for name in sys.modules if name.split(".")[0] == "acme"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
