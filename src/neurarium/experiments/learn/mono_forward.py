@@ -74,7 +74,8 @@ def run(trial: Trial) -> None:
         saved = 0 if arm.name == "cafo_mse" else saved_bytes(rule, start, train)
         joules = meter.energy(macs=flops / 2, bytes=2 * saved * max(history.steps, 1), memory="dram")
         arm.log(accuracy=found["accuracy"], flops=flops, saved_bytes=saved, joules=joules, tuned=lr, epochs=len(history.train))
-        arm.log(val_loss=history.val[-1]["loss"] if history.val else found["loss"])
+        last = [e["loss"] for e in history.val if e.get("block") == history.val[-1].get("block")]
+        arm.log(val_loss=min(last, default=found["loss"]))
         if history.val:
             arm.curve("val_loss", y=[e["loss"] for e in history.val])
 
@@ -169,7 +170,8 @@ def figure(record: RecordView, fig: Figure) -> None:
         for a in arms:
             x, y = record.values(a, metric) * scale, 100 * record.values(a, "accuracy")
             ax.errorbar(
-                x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", ms=7, capsize=2, color=colours[a], label=LABELS[a], markeredgecolor="k"
+                x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", ms=7, capsize=2,
+                color=colours[a], label=LABELS[a], markeredgecolor="k",
             )  # fmt: skip
         ax.set(xscale="log", xlabel=unit, ylabel="test accuracy (%)")
         ax.grid(alpha=0.3)
