@@ -27,7 +27,7 @@ from neurarium.lab.progress import Progress
 from neurarium.lab.record import ArmRun, Measured, Record, SeedRun
 from neurarium.lab.store import RunFolder
 
-__all__ = ["Subject", "folder_name", "run", "run_many"]
+__all__ = ["Subject", "compare", "folder_name", "run", "run_many"]
 
 Subject: TypeAlias = "Paper | Comparison"
 
@@ -124,6 +124,15 @@ def run_many(
         if units:
             chosen.map(units, emit)
     return {job.subject.id: _result(job) for job in work}
+
+
+def compare(comparison: Comparison | str, **options: Any) -> Record:
+    """Run a comparison (or that of this id); options as for :func:`run`. It defends no claim: its record, table and figure answer it."""
+    if isinstance(comparison, str):
+        from neurarium import catalog
+
+        comparison = catalog.load().comparison(comparison)
+    return run(comparison, **options)
 
 
 def folder_name(subject: Subject) -> str:
