@@ -191,7 +191,7 @@ def test_learning_moves_the_weight_and_the_rule():
     torch.optim.SGD(layer.parameters(), 0.1).step()
     assert not torch.equal(layer(x), out)  # no stale weight
     assert not torch.equal(layer.A, before)
-    assert set(layer.state_dict()) == {"A", "F", "bias"}
+    assert set(layer.state_dict()) == {"A", "filters", "bias"}
     copy.deepcopy(layer)  # nothing non-leaf is stored
     assert not any(p is layer.A for p in PHConv2d(4, 4, 3, 2, algebra="complex").parameters())
 
@@ -259,7 +259,9 @@ def test_decay_spares_the_algebra():
     assert len(decay_groups(nn.Linear(2, 2), 0.1)) == 1
 
 
-def test_exports():
+def test_exports_and_channels_last():
     layer, x = PHConv2d(4, 8, 3, 4, padding=1, padding_mode="reflect").eval(), torch.randn(2, 4, 6, 6)
     exported = torch.export.export(layer, (x,)).module()
     torch.testing.assert_close(exported(x), layer(x))
+    last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), layer(x))

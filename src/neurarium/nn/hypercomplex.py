@@ -18,7 +18,8 @@ linear layer is Zhang et al., "Beyond Fully-Connected Layers with Quaternions" (
 ``fit_`` starts from a trained layer.
 
 *Cost*: parameters fall by n, *FLOPs do not*: the operator is the dense convolution. Building H adds n*out*in*k^2 multiply-adds a step,
-whatever the batch. H is rebuilt at every call and never stored, so copies, checkpoints and ``torch.export`` see A, F and the bias alone.
+whatever the batch. H is rebuilt at every call and never stored, so copies, checkpoints and ``torch.export`` see A,
+the filters and the bias alone; the filters have a convolution's axes, so ``channels_last`` works.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _PHWeight(nn.Module):
             if fixed.shape != (n, n, n):
                 raise BadInput(f"the algebra has shape {tuple(fixed.shape)}, n = {n} needs ({n}, {n}, {n})")
             self.register_buffer("A", fixed.to(device=factory["device"], dtype=factory["dtype"] or torch.get_default_dtype()))
-        self.F = nn.Parameter(torch.empty(n, out // n, inner // n, *kernel, **factory))
+        self.filters = nn.Parameter(torch.empty(out, inner // n, *kernel, **factory))  # F_1..F_n, stacked along the outputs
         self.bias = nn.Parameter(torch.empty(out, **factory)) if bias else None
         self.reset_parameters()
 
@@ -111,29 +112,34 @@ class _PHWeight(nn.Module):
         if self.init == "authors":
             if self.learned:
                 nn.init.xavier_uniform_(self.A)
-            nn.init.xavier_uniform_(self.F)
+            nn.init.xavier_uniform_(self.F)  # on the five axes, as published
         else:
             if self.learned:  # N(0, 1/n), at exactly its expected norm: each entry of H then sums n products of variance 1/n * Var(F)
                 self.A.normal_()
                 self.A.mul_(self.n / self.A.norm())
-            fan_in = self.F[0, 0].numel() * self.n
+            fan_in = self.filters[0].numel() * self.n
             spread = self.A.square().sum() / self.n**2  # mean over the blocks of sum_i A_i^2: 1 for the named algebras
-            self.F.normal_(0, 1).mul_(torch.sqrt(2 / (fan_in * spread)))
+            self.filters.normal_().mul_(torch.sqrt(2 / (fan_in * spread)))
         if self.bias is not None:
             self.bias.zero_()
 
     @property
+    def F(self) -> Tensor:
+        """The filter banks (n, out/n, in/n, *kernel): a view of the parameter ``filters``."""
+        return self.filters.unflatten(0, (self.n, -1))
+
+    @property
     def weight(self) -> Tensor:
         """H (out, in, *kernel), built anew from A and F; in float32 under autocast."""
-        if torch.is_autocast_enabled(self.F.device.type):
-            with torch.autocast(self.F.device.type, enabled=False):
+        if torch.is_autocast_enabled(self.filters.device.type):
+            with torch.autocast(self.filters.device.type, enabled=False):
                 return self._kronecker_sum()
         return self._kronecker_sum()
 
     def _kronecker_sum(self) -> Tensor:
-        n, out, inner, *kernel = self.F.shape
-        blocks = (self.A.reshape(n, -1).T @ self.F.reshape(n, -1)).view(self.n, self.n, out, inner, *kernel)  # (a, b, c, e, ...)
-        return blocks.transpose(1, 2).reshape(self.n * out, self.n * inner, *kernel)
+        n, (out, inner, *kernel) = self.n, self.filters.shape
+        blocks = (self.A.reshape(n, -1).T @ self.filters.reshape(n, -1)).view(n, n, out // n, inner, *kernel)  # (a, b, c, e, ...)
+        return blocks.transpose(1, 2).reshape(out, n * inner, *kernel)
 
     @torch.no_grad()
     def fit_(self, old: nn.Module, inputs: Tensor | None = None) -> Tensor:
@@ -150,7 +156,7 @@ class _PHWeight(nn.Module):
             out, inner, *kernel = weight.shape
             blocks = weight.reshape(self.n, out // self.n, self.n, inner // self.n, *kernel).transpose(1, 2).reshape(self.n**2, -1)
             f = torch.linalg.pinv(self.A.reshape(self.n, -1).T.double()).to(weight.dtype) @ blocks
-        self.F.copy_(f.reshape(self.F.shape))
+        self.filters.copy_(f.reshape(self.filters.shape))
         if self.bias is not None:
             self.bias.copy_(old.bias) if old.bias is not None else self.bias.zero_()
         return (self.weight - weight).norm() / weight.norm()
@@ -158,7 +164,7 @@ class _PHWeight(nn.Module):
     @torch.no_grad()
     def rescale_(self, factor: float) -> None:
         """Multiply H by ``factor``."""
-        self.F.mul_(factor)
+        self.filters.mul_(factor)
 
     def _describe(self) -> str:
         return f"n={self.n}, bias={self.bias is not None}, algebra={'learned' if self.learned else 'fixed'}"
