@@ -5,7 +5,7 @@ import torch
 
 from neurarium.nn.autograd import assert_gradients, exact_function
 
-# log(e^x + e^y): its output and one input are enough, plain autograd keeps both exponentials and their sum
+# log(e^x + e^y): the output is all that has to be kept beside the inputs, plain autograd keeps both exponentials and their sum
 good = exact_function(
     lambda x, y: torch.logaddexp(x, y),
     lambda kept, g: (g * torch.exp(kept[0] - kept[1]), g * (1 - torch.exp(kept[0] - kept[1]))),
