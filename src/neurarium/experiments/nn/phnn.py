@@ -40,7 +40,7 @@ RECOVERIES = ("recover_real", "recover_ph2", "recover_ph4", "recover_grouped")
 
 
 def run(trial: Trial) -> None:
-    size = trial.scale(smoke=(128, 128), laptop=(6000, 4000))
+    size = trial.scale(smoke=(128, 128), laptop=(5000, 4000))
     epochs = trial.scale(smoke=1, laptop=5)
     for arm in trial.arms(*CLASSIFIERS):
         task = trial.shared("images", lambda: data.images("cifar10", train=size[0], test=size[1], seed=trial.seed))
