@@ -14,7 +14,7 @@ schedule as in the authors' later code.
 *Departures*: ``c1 = c2 = 2`` by default: with the first publication's 3, the cube root's slope near zero makes Adam's steps there as
 large as the learning rate. Under the root ``|w|`` is ``|w| + 1e-6``, less the root at 0: R(0) = 0, with a finite gradient there.
 ``fit`` anneals the rate to nearly nothing (one cycle), because the penalty swings weights about zero by one rate. Series
-are standardised inside: the coefficients have no scale, lambda has. The default peak rate lets a weight travel about 3 in all.
+are standardised inside: the coefficients have no scale, lambda has.
 
 *Cost*: O(N p) an epoch. Least squares by QR is O(N p^2), Yule-Walker O(N log N + p^2), and :class:`ClassicAR`'s normal equations, which
 use that the lags are shifts of one series, O(N p + p^3).
@@ -132,7 +132,7 @@ class ARNet(nn.Module):
             raise UnsupportedModel(f"a network with hidden layers has no {what} of an auto-regression", module="ARNet")
 
     def fit(
-        self, series: Tensor, *, epochs: int = 20, lr: float | None = None, batch_size: int = 128, seed: int = 0, val: Tensor | None = None
+        self, series: Tensor, *, epochs: int = 20, lr: float = 1e-2, batch_size: int = 128, seed: int = 0, val: Tensor | None = None
     ) -> History:
         """Train on all windows of ``series`` (time,) by Adam with one learning-rate cycle; goes on from the present weights.
 
@@ -153,8 +153,7 @@ class ARNet(nn.Module):
         rows = scaler.transform(series.double()).to(like).unfold(0, self.order + self.horizon, 1)
         held_out = None if val is None else Windows(scaler.transform(val.double()).to(like), self.order, self.horizon)
         steps = epochs * math.ceil(len(windows) / batch_size)
-        peak = min(max(8 / steps, 1e-3), 2e-2) if lr is None else lr
-        optimizer = torch.optim.Adam(self.parameters(), lr=peak, fused=True)
+        optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
         criterion, generator = LOSSES[self.loss], torch.Generator().manual_seed(seed)
         train, validation, step = [], [], 0
         for epoch in range(epochs):
@@ -168,12 +167,12 @@ class ARNet(nn.Module):
                     loss = loss + strength * self.penalty(self.layers[0].weight)
                 optimizer.zero_grad()
                 loss.backward()
-                optimizer.param_groups[0]["lr"] = _one_cycle(step / steps, peak)
+                optimizer.param_groups[0]["lr"] = _one_cycle(step / steps, lr)
                 optimizer.step()
                 step += 1
             train.append({"loss": total.item() / len(rows)})
             if not math.isfinite(train[-1]["loss"]):
-                raise Diverged(f"the loss is not finite in epoch {epoch}; a smaller lr than {peak:g} may help", step=step, module=None)
+                raise Diverged(f"the loss is not finite in epoch {epoch}; a smaller lr than {lr:g} may help", step=step, module=None)
             if held_out is not None:
                 with torch.no_grad():
                     validation.append({"loss": criterion(self._network(held_out.x), held_out.y).item()})
