@@ -1,0 +1,1 @@
+"""Room ``learn``: how parameters are learned. Learners, local rules, optimizers."""
