@@ -46,7 +46,9 @@ class Curve:
         # A share is k/n in float64: its cost can exceed the exact one in the last digits.
         fits = int((cost <= budget * (1 + 1e-12)).sum())
         if not fits:
-            raise BadInput(f"a budget of {budget:g} FLOPs a row is below the cheapest path: the smallest feasible one is {cost[0].item():.0f}")
+            raise BadInput(
+                f"a budget of {budget:g} FLOPs a row is below the cheapest path: the smallest feasible one is {cost[0].item():.0f}"
+            )
         return fits - 1
 
     def pack(self) -> Tensor:

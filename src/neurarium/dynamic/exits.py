@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.gates import Gate, MaxProb
 from neurarium.dynamic.outcome import Mode, Outcome, Policy, Segment, Staged
 from neurarium.dynamic.staged import dense, pick, run, step
-from neurarium.dynamic.tree import rows
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import as_chain
 from neurarium.roles import Loader
@@ -109,7 +109,7 @@ def staged(
         if not after:
             raise BadInput("cuts names no module to exit after")
     edges = [0, *(a + 1 for a in after), last + 1]
-    segments = [_join(chain.blocks[a:b]) for a, b in zip(edges, edges[1:])]
+    segments = [_join(chain.blocks[a:b]) for a, b in pairwise(edges)]
     exits = [head(features[a], features[-1].shape[1]).to(features[a]) for a in after]
     return ExitChain(segments, [*exits, nn.Identity()]).train(model.training)
 
