@@ -37,7 +37,6 @@ TRADEOFFS = (0.2, 0.5, 1.0, 2.0)  # lambda
 BAND = (0.4, 0.65)  # of the full cost: where calibration is compared
 WIDTHS = (16, 32, 48, 64)
 BATCH, RATE = 128, 0.1
-ALTERNATE = 25  # the paper's 200 batches, for runs of an eighth of their steps or less
 
 LABELS = {
     "threshold": "one max-probability threshold",
@@ -80,6 +79,7 @@ class Trained:
 
 def run(trial: Trial) -> None:
     epochs = trial.scale(smoke=5, laptop=30)
+    alternate = trial.scale(smoke=2, laptop=25)  # the paper's 200 batches, for runs of an eighth of their steps or less
 
     def bench() -> Bench:
         return trial.shared("bench", lambda: prepare(trial))
@@ -91,7 +91,7 @@ def run(trial: Trial) -> None:
     def jointly() -> list[Trained]:
         b = bench()
         return [
-            train(JEIDNN(fresh(b), tradeoff=t, alternate=ALTERNATE, warmup_epochs=epochs // 5), b, epochs, trial.seed) for t in TRADEOFFS
+            train(JEIDNN(fresh(b), tradeoff=t, alternate=alternate, warmup_epochs=epochs // 5), b, epochs, trial.seed) for t in TRADEOFFS
         ]
 
     def gates_after() -> list[Trained]:
