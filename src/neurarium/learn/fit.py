@@ -210,6 +210,7 @@ def loop(
     parts: Mapping[str, Any],
     val: Loader | None = None,
     evaluator: Callable[[Loader], Mapping[str, float]] | None = None,
+    forward: Callable[[Any], Any] | None = None,
     seed: int = 0,
     callbacks: Sequence[Callable[[Progress], bool | None]] = (),
     resume: Mapping[str, Any] | None = None,
@@ -218,8 +219,9 @@ def loop(
 
     Args:
         step: one update from one batch; returns the loss and the output (or ``None``) for the record.
-        parts: what has a ``state_dict`` besides the model (optimizers, schedules, readouts), by name; saved and restored. ``None`` is skipped.
+        parts: what else has a ``state_dict`` (optimizers, schedules, readouts), by name; saved and restored. ``None`` is skipped.
         evaluator: measures ``val``; :func:`evaluate` of the model by default.
+        forward: what ``step`` runs on ``x``, where that is not the whole model; run again to find the module that diverged.
     """
     if epochs < 0:
         raise BadInput(f"epochs must be >= 0, not {epochs}")
@@ -255,6 +257,9 @@ def loop(
             if resume["loader_rng"] is not None and isinstance(generator, torch.Generator):
                 generator.set_state(resume["loader_rng"].cpu())
         try:
+            progress = Progress(model, len(train) - 1, len(losses), tuple(train), tuple(seen), state)
+            if train and any(isinstance(c, EarlyStopping) and c(progress) for c in callbacks):
+                epochs = len(train)  # the run being resumed had stopped here
             for epoch in range(len(train), epochs):
                 if hasattr(loader, "set_epoch"):
                     loader.set_epoch(epoch)
@@ -265,7 +270,7 @@ def loop(
                     loss, output = step(x, y)
                     value = float(loss.detach())
                     if value - value != 0:  # NaN or infinite
-                        raise diverged(model, x, value, len(losses))
+                        raise diverged(model, x, value, len(losses), forward)
                     losses.append(value)
                     total += value * len(y)
                     n += len(y)
@@ -385,7 +390,7 @@ def to(value: Any, device: torch.device) -> Any:
     return tuple(to(v, device) for v in value) if isinstance(value, (tuple, list)) else value
 
 
-def call(model: nn.Module, x: Any) -> Tensor:
+def call(model: Callable[..., Any], x: Any) -> Tensor:
     return model(*x) if isinstance(x, tuple) else model(x)
 
 
@@ -410,7 +415,7 @@ def forked_rng(device: torch.device) -> Iterator[None]:
         yield
 
 
-def diverged(model: nn.Module, x: Any, value: float, step: int) -> Diverged:
+def diverged(model: nn.Module, x: Any, value: float, step: int, forward: Callable[[Any], Any] | None = None) -> Diverged:
     """Run the batch once more and find where numbers stop being finite."""
     first: list[str] = []
 
@@ -434,7 +439,7 @@ def diverged(model: nn.Module, x: Any, value: float, step: int) -> Diverged:
         handles = [m.register_forward_hook(watch(name or "the model")) for name, m in model.named_modules()]
         try:
             with torch.no_grad():
-                call(model, x)
+                call(forward or model, x)
         finally:
             for handle in handles:
                 handle.remove()
