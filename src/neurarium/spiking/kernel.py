@@ -261,9 +261,10 @@ def _step_back(
         if subtracted is not None:
             g_threshold.addcmul_(_reached(h, threshold, o.strict, out=sg), subtracted, value=-1)
     if after is not None:
-        d.add_(after)
         if o.reset == "hard":
-            d.addcmul_(_reached(h, threshold, o.strict, out=sg), after, value=-1)
+            s = _reached(h, threshold, o.strict, out=sg)
+            after = torch.addcmul(after, s, after, value=-1, out=sg)  # exactly zero where it fired
+        d.add_(after)
 
 
 def _state(h: Tensor, threshold: Any, o: _Options) -> Tensor:

@@ -1,9 +1,9 @@
 """Spiking neurons as modules that hold no state between calls.
 
 A neuron maps currents (time, batch, ...) to spikes of the same shape: called by itself it starts from rest, every time. Inside a network
-the executor (:func:`neurarium.spiking.net.unroll`) opens a :class:`Pass`, in which each neuron finds its incoming state by its path and leaves
-the new one; the surrounding layers then see the steps folded into the batch, so that any module of ordinary layers works unchanged. There
-is nothing to reset, and nothing that a forgotten reset could leak.
+the executor (:func:`neurarium.spiking.net.unroll`) opens a :class:`Pass`, in which each neuron finds its incoming state by its path and
+leaves the new one; the surrounding layers then see the steps folded into the batch, so that any module of ordinary layers works
+unchanged. There is nothing to reset, and nothing that a forgotten reset could leak.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Pass:
         key = f"{path}#{calls}" if calls else path  # a neuron used twice in one step is two populations
         if x.dim() < 1 or x.shape[0] % self.steps:
             raise UnsupportedModel(
-                f"got {tuple(x.shape)}, whose first dimension is not {self.steps} steps x batch: layers before it must keep the batch first",
+                f"got {tuple(x.shape)}, whose first dimension is not {self.steps} steps x batch: the layers before must keep it first",
                 module=path,
             )
         x = x.unflatten(0, (self.steps, -1))

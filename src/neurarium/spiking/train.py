@@ -91,6 +91,11 @@ class _OverTimeRule(Backprop):
         self.accepts(model.net)
         return super().fit(model, loader, **options)
 
+    def sequence(self, model: OverTime, x: Tensor) -> Tensor:
+        if not bool(torch.isfinite(x).all()):  # a neuron would turn NaN into silence, and the loss would look fine
+            raise BadInput("the batch: x holds a value that is not finite")
+        return model.sequence(x)
+
     def accepts(self, net: nn.Module) -> None:
         if not check(net):
             raise UnsupportedModel("has no spiking neuron: nothing happens over time", module=type(net).__name__)
@@ -114,7 +119,7 @@ class BPTT(_OverTimeRule):
 
     def gradients(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         model = self.predictor(model)
-        outputs, _ = unroll(model.net, model.sequence(x), order=self.order, checkpoint=self.checkpoint)
+        outputs, _ = unroll(model.net, self.sequence(model, x), order=self.order, checkpoint=self.checkpoint)
         ell = find_loss(self.loss)
         loss = torch.stack([_scalar(ell(o, y)) for o in outputs]).mean()
         loss.backward()
@@ -148,7 +153,7 @@ class SLTT(_OverTimeRule):
 
     def gradients(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         model, ell = self.predictor(model), find_loss(self.loss)
-        sequence, paths, state = model.sequence(x), check(model.net), State()
+        sequence, paths, state = self.sequence(model, x), check(model.net), State()
         steps = len(sequence)
         chosen = set(range(steps) if self.k is None or self.k >= steps else torch.randperm(steps)[: self.k].tolist())
         first, net = split(model.net, sequence)
