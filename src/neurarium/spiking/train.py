@@ -17,7 +17,7 @@ without a term from :math:`t+1`. SLTT-K (``k``) differentiates K steps only, dra
 still divided by T.
 
 *Source.* Meng, Xiao, Yan, Wang, Lin, Luo, "Towards Memory- and Time-Efficient Backpropagation for Training Spiking Neural Networks",
-ICCV 2023: section 4.2 (the temporal part of the gradient), algorithm 1 (SLTT), section 4.3 (SLTT-K).
+ICCV 2023, arXiv 2302.14311.
 
 *Departures.* The K steps are drawn from torch's global generator, which ``fit`` seeds, so that a resumed run draws the same ones.
 
