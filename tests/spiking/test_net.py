@@ -13,7 +13,7 @@ from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.meter import SavedBytes
 from neurarium.spiking import nn as snn
 from neurarium.spiking.encode import direct, latency, poisson
-from neurarium.spiking.linear import SpikeConv2d, SpikeLinear
+from neurarium.spiking.linear import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from neurarium.spiking.net import OverTime, SpikingSequential, reset, split, step, unroll
 from neurarium.spiking.neuron import IF, LI, LIF
 
@@ -234,6 +234,21 @@ def test_layers_that_save_bits_give_the_ordinary_gradient(values):
         for g, h in zip(results[0][2], results[1][2]):
             torch.testing.assert_close(g, h, rtol=1e-6, atol=1e-6)
         assert results[0][1] == (x.numel() * (1 if values != "real" else 4))
+
+
+@pytest.mark.parametrize("settings", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False}])
+def test_pooling_that_keeps_nothing_gives_the_ordinary_gradient(settings):
+    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        results = []
+        for layer in (SpikeAvgPool2d(**settings), nn.AvgPool2d(**settings)):
+            a = x.to(memory_format=memory_format).requires_grad_()
+            with SavedBytes() as meter:
+                y = layer(a * 1.0)
+            results.append((y, torch.autograd.grad(y.pow(3).sum(), a)[0], meter.peak))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+        assert results[0][2] == 0 < results[1][2]
 
 
 def test_coding():

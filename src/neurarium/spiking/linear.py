@@ -1,8 +1,9 @@
-"""Convolution and linear layers that remember a spiking input in one byte an element.
+"""Layers that remember a spiking input in one byte an element, or not at all.
 
 The weight gradient needs the layer's input. A float32 copy of every step's spikes is as much memory as all membranes together; spikes are
 0 or 1, so one byte does, exactly. After ``n x n`` average pooling the values are multiples of ``1 / n^2``: say ``levels=n*n``. An input
 that is not what was declared (an image, say) is kept as it is, so the gradient is always that of the ordinary layer, bit for bit.
+Average pooling is linear and needs its input's shape alone, though torch's keeps the input.
 
 *Cost.* A quarter of the saved bytes (an eighth in float64), for one conversion in each direction.
 """
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from neurarium.errors import BadInput
 
-__all__ = ["SpikeConv2d", "SpikeLinear"]
+__all__ = ["SpikeAvgPool2d", "SpikeConv2d", "SpikeLinear"]
 
 
 class SpikeConv2d(nn.Conv2d):
@@ -43,6 +44,16 @@ class SpikeLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return _Linear.apply(input, self.weight, self.bias, self.levels) if _useful(self.weight, input) else super().forward(input)
+
+
+class SpikeAvgPool2d(nn.AvgPool2d):
+    """:class:`torch.nn.AvgPool2d` that keeps nothing for the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.requires_grad or input.dim() != 4 or torch.compiler.is_compiling():
+            return super().forward(input)
+        kernel, stride, padding = (list(nn.modules.utils._pair(a)) for a in (self.kernel_size, self.stride, self.padding))
+        return _Pool.apply(input, kernel, stride, padding, self.ceil_mode, self.count_include_pad, self.divisor_override)
 
 
 def _levels(levels: int) -> int:
@@ -104,3 +115,17 @@ class _Linear(torch.autograd.Function):
             rows.sum(0) if need_bias else None,
             None,
         )
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *settings: Any) -> Tensor:
+        ctx.shape, ctx.settings = x.shape, settings
+        ctx.memory_format = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return F.avg_pool2d(x, *settings)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        like = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.memory_format)  # its values are never read
+        return torch.ops.aten.avg_pool2d_backward(g, like, *ctx.settings), *[None] * 6

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from neurarium.errors import BadInput
-from neurarium.spiking.linear import SpikeConv2d, SpikeLinear
+from neurarium.spiking.linear import SpikeAvgPool2d, SpikeConv2d, SpikeLinear
 from neurarium.spiking.net import OverTime, SpikingSequential
 from neurarium.spiking.neuron import LIF
 
@@ -40,7 +40,7 @@ def vgg_small(
         conv = nn.Conv2d if i == 0 else SpikeConv2d
         layers.append(conv(in_channels, width, 3, padding=1, bias=norm is None, **({"levels": 4} if i else {})))
         layers += [nn.BatchNorm2d(width)] if norm else []
-        layers += [neuron(), nn.AvgPool2d(2) if i < len(widths) - 1 else nn.AdaptiveAvgPool2d(2)]
+        layers += [neuron(), SpikeAvgPool2d(2) if i < len(widths) - 1 else nn.AdaptiveAvgPool2d(2)]
         in_channels = width
     return _wrap([*layers, nn.Flatten(), nn.Linear(4 * in_channels, classes)], steps)
 

@@ -166,4 +166,3 @@ def figure(record: RecordView, fig: Figure) -> None:
     cost.set(xlabel="ms a training step", ylabel="test accuracy (%)", title=f"Cost and result, T = {STEPS}", xlim=(0, None))
     cost.grid(alpha=0.3)
     cost.legend(fontsize=7, loc="lower right")
-    fig.tight_layout()
