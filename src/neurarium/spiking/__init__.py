@@ -1,0 +1,1 @@
+"""Room ``spiking``: spiking neural networks. Neurons without hidden state, executors over time, learning rules, coding."""
