@@ -66,7 +66,10 @@ class CostTable:
             (single, seen), (triple, _) = _count(segments, repeat(example, 1)), _count(segments, repeat(example, 3))
         for k, (a, b) in enumerate(zip(single, triple)):
             if b != 3 * a:
-                raise BadInput(f"segment {k} costs {a} FLOPs for one row and {b} for three: it mixes rows, so no row has a cost of its own")
+                raise BadInput(
+                    f"segment {k} costs {a} FLOPs for one row and {b} for three, so no row has a cost of its own: it mixes rows, or it "
+                    "makes its weights anew at each call (fold those first; hypercomplex layers by replace_layers(model, dense()))"
+                )
         return cls(tuple(single), tuple(seen))
 
 

@@ -5,3 +5,22 @@ sum of Kronecker products, a dot product of random features, ...). What users ne
 once: put the layer into an existing model (:mod:`.replace`), keep the scale of the signal (:mod:`.signal`), get exact gradients
 (:mod:`.autograd`).
 """
+
+from neurarium.nn.hypercomplex import PHConv1d, PHConv2d, PHConv3d, PHLinear, QuaternionConv2d, dense, hypercomplex
+from neurarium.nn.replace import ReplaceReport, Rule, replace_layers
+from neurarium.nn.signal import gain_, signal_report
+
+__all__ = [
+    "PHConv1d",
+    "PHConv2d",
+    "PHConv3d",
+    "PHLinear",
+    "QuaternionConv2d",
+    "dense",
+    "ReplaceReport",
+    "Rule",
+    "gain_",
+    "hypercomplex",
+    "replace_layers",
+    "signal_report",
+]

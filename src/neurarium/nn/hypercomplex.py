@@ -43,7 +43,7 @@ __all__ = [
     "PadChannels",
     "QuaternionConv2d",
     "algebra",
-    "decay_groups",
+    "decay_groups", "dense",
     "hypercomplex",
     "kronecker_factors",
 ]
@@ -310,6 +310,28 @@ def hypercomplex(
         return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     return Rule(match, build, "fit" if init == "fit" else "fresh", build_first)
+
+
+def dense() -> Rule:
+    """The way back: the rule that makes every hypercomplex layer an ordinary one of the same function.
+
+    For deployment, where building H at each call costs time and an ordinary weight can be pruned, quantised or priced row by row.
+    """
+
+    def build(old: nn.Module) -> nn.Module:
+        options = {"bias": old.bias is not None, "device": old.filters.device, "dtype": old.filters.dtype}
+        if isinstance(old, PHLinear):
+            new: nn.Module = nn.Linear(old.in_features, old.out_features, **options)
+        else:
+            options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
+            new = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[old.axes - 1](old.in_channels, old.out_channels, old.kernel_size, **options)
+        with torch.no_grad():
+            new.weight.copy_(old.weight)
+            if new.bias is not None:
+                new.bias.copy_(old.bias)
+        return new
+
+    return Rule(lambda name, module: isinstance(module, _PHWeight), build)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
