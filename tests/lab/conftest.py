@@ -31,6 +31,7 @@ def run(trial):
         tuned = trial.shared("tuned", lambda: random.random() + np.random.rand())
         values = np.random.rand(count) * (0.5 if arm.name == "method" else 1.0)
         time.sleep(pause)
+        print("what an experiment prints is no event")
         if arm.name == os.environ.get("TOY_CRASH"):
             raise ValueError("the toy fell from /home/somebody/shelf.txt")
         arm.log(value=values.mean(), tuned=tuned, many=[1.0, 2.0, 3.0], draw=random.random())
