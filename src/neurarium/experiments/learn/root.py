@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 SHAPES = ((32, 32), (64, 64), (64, 128), (64, 256), (64, 512), (128, 512), (256, 256))
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, CONTEXT, SEQUENCES = 48, 32, 16
 COLOURS = {"adamw": "#000000", "muon": "#0072B2", "root": "#D55E00", "root_uncut": "#E69F00", "root_muon": "#56B4E9", "classic": "#009E73"}
 LABELS = {
@@ -68,7 +68,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def run(trial: Trial) -> None:
     text = data.text("tiny-shakespeare")
-    steps, short = trial.scale(smoke=(3, 2), laptop=(200, 100))
+    steps, short = trial.scale(smoke=(3, 2), laptop=(200, 80))
     corpus = [Windows(text.encode(part.text), seed=trial.seed) for part in (text.train, text.valid, text.test)]
     train, valid, test = (replace(c, codes=c.codes.to(trial.device)) for c in corpus)
     valid, test = replace(valid, count=trial.scale(smoke=1, laptop=12)), replace(test, count=trial.scale(smoke=1, laptop=25))
@@ -98,7 +98,7 @@ def run(trial: Trial) -> None:
         if arm.name == "classic":
             continue
         for condition, noisy in (("clean", False), ("noisy", True)):
-            rates = RATES[1:3] if trial.name == "smoke" else RATES
+            rates = RATES[:2] if trial.name == "smoke" else RATES
             losses = [evaluate(fit(arm.name, lr, noisy, short)[0], valid)["loss"] for lr in rates]
             lr = rates[int(np.argmin(losses))]
             model, curve = fit(arm.name, lr, noisy, steps)
