@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 pytest benchmarks/sequence/test_ar_net.py -s
 
 Prints one table from one run. AR-Net trains for five epochs of 20,000 points; the distances are between the estimators
-(symmetric total percentage error), so that 0 means the same coefficients. Everything on one thread (the variable is for numpy). Skips without statsmodels.
+(symmetric total percentage error), so that 0 means the same coefficients. Everything on one thread (the variable is for
+numpy's). Skips without statsmodels.
 """
 
 import time
