@@ -135,7 +135,7 @@ def test_loss_and_output_are_those_of_bptt():
 def _peak(rule, steps, model=None):
     torch.manual_seed(0)
     model = model or snn.vgg_small(1, 10, (8, 16, 16), steps=steps)
-    x, y = torch.rand(8, 1, 16, 16), torch.arange(8)
+    x, y = torch.rand(4, 1, 16, 16), torch.arange(4)
     with SavedBytes() as meter:
         rule.gradients(model, x, y)
     assert meter.live == 0
