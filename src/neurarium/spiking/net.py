@@ -179,6 +179,9 @@ def split(model: nn.Module, x_seq: Tensor) -> tuple[nn.Module | None, nn.Module]
 def _segments(
     model: nn.Module, paths: Mapping[nn.Module, str], x_seq: Tensor, state: State, order: str, length: int, detach_time: bool
 ) -> tuple[Tensor, State]:
+    first, model = split(model, x_seq)
+    if first is not None:
+        x_seq = direct(first(x_seq[0]), len(x_seq))
     parameters = [p for p in model.parameters() if p.requires_grad]
     outputs = []
     for x in x_seq.split(length):
