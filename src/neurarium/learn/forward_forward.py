@@ -10,9 +10,9 @@ trying every label and taking the one under which the layers are most active.
 
 *Source.* Hinton, "The Forward-Forward Algorithm" (arXiv 2212.13345), sections 2 and 3.3.
 
-*Departures.* Normalisation by the root mean square keeps activations of order one at any width. (With ``normalise="l2"`` and the mean, goodness
-is of order 1/width and never reaches theta: use ``goodness="sum_square"`` there.) The model's own head is not used: predict with
-``learner.predictor(model)``.
+*Departures.* Normalisation by the root mean square keeps activations of order one at any width. (With ``normalise="l2"`` and the mean,
+goodness is of order 1/width and never reaches theta: use ``goodness="sum_square"`` there.) The model's own head is not used: predict
+with ``learner.predictor(model)``.
 
 *Cost.* Two forward passes a step, and one for every class a prediction; all labels of a prediction go through in one batch.
 """

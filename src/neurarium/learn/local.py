@@ -14,7 +14,7 @@ predicts. :class:`LocalLearner` drives any of them in one of two orders:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from torch.optim import SGD, Adam, Optimizer
 from neurarium.data import TensorData
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import Chain, as_chain
-from neurarium.learn.fit import EarlyStopping, History, Learner, Progress, device_of, evaluate, forked_rng, loop, to
+from neurarium.learn.fit import EarlyStopping, History, Learner, Progress, copied, device_of, evaluate, forked_rng, loop, to
 from neurarium.roles import Loader
 
 __all__ = ["Facts", "LocalLearner", "LocalObjective", "Readout", "goodness", "gradient_alignment", "overlay_label", "survey"]
@@ -73,6 +73,13 @@ class LocalObjective(nn.Module):
     def learned(self, i: int) -> list[nn.Parameter]:
         """The parameters that the loss of block ``i`` trains: those of the block; add the readout's."""
         return [p for p in self.blocks[i].parameters() if p.requires_grad]
+
+    def prepare(self, model: nn.Module, loader: Loader, *, epochs: int, seed: int) -> None:
+        """What a rule does once before any block is trained."""
+
+    def solve(self, i: int, inputs: Tensor, y: Tensor) -> Mapping[str, float] | None:
+        """Train block ``i`` in closed form on all its inputs and return its measurements; ``None`` where only descent will do."""
+        return None
 
     @abstractmethod
     def predictor(self, model: nn.Module) -> nn.Module:
@@ -119,6 +126,8 @@ class LocalLearner(Learner):
         if not any(objective.learned(i) for i in range(len(objective.blocks))):
             raise UnsupportedModel("no block has a parameter to train", module=type(model).__name__)
         _OBJECTIVES.setdefault(model, {})[type(self)] = objective
+        if not resume:
+            objective.prepare(model, loader, epochs=epochs, seed=seed)
         callbacks = [*callbacks] if self.early_stopping is None else [*callbacks, EarlyStopping(self.early_stopping)]
         run = self._parallel if self.order == "parallel" else self._greedy
         return run(model, objective, loader, epochs=epochs, val=val, seed=seed, callbacks=callbacks, resume=resume, first=first)
@@ -175,10 +184,15 @@ class LocalLearner(Learner):
             data = keep(loader, device=device_of(model))
             watched = None if val is None else keep(val, device=device_of(model))
 
-        history = History()
+        state: dict[str, Any] = {}
         for i, block in enumerate(objective.blocks):
             parameters = objective.learned(i)
-            if i >= current and parameters:
+            solved = objective.solve(i, data.x, data.y) if cached and i >= current and parameters else None
+            if solved is not None:
+                before["train"] += ({**solved, "block": i},)
+                parts = {"model": copied(model.state_dict()), "objective": copied(objective.state_dict())}
+                state = {"block": i + 1, "epochs": epochs, "before": dict(before), "inner": {"parts": parts}, "first": first}
+            elif i >= current and parameters:
                 optimizer = self.optimizer(parameters)
 
                 def step(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -190,8 +204,9 @@ class LocalLearner(Learner):
                     return {"block": i, "epochs": epochs, "before": dict(before), "inner": inner, "first": first}  # noqa: B023
 
                 history = loop(
-                    model, data, epochs=epochs, step=step, parts={"objective": objective, "optimizer": optimizer}, val=watched,
-                    evaluator=partial(_measure, objective, i), forward=block, seed=seed, callbacks=[_with_state(c, whole) for c in callbacks],
+                    model, data, epochs=epochs, step=step, parts={"objective": objective, "optimizer": optimizer},
+                    val=watched, evaluator=partial(_measure, objective, i), forward=block, seed=seed,
+                    callbacks=[_with_state(c, whole) for c in callbacks],
                     resume=resume["inner"] if resume and i == current else None,
                 )  # fmt: skip
                 state = whole(dict(history.state))

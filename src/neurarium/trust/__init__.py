@@ -1,0 +1,1 @@
+"""Trust: what a network has learned, how sure it may be, and what it does when somebody interferes."""
