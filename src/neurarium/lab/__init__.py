@@ -19,37 +19,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neurarium.lab.expression import Expression
     from neurarium.lab.figures import draw
     from neurarium.lab.fingerprinting import fingerprint
     from neurarium.lab.record import ArmRun, Record, SeedRun
-    from neurarium.lab.runner import run, run_many
+    from neurarium.lab.records import publish, published, record_path, records_root
+    from neurarium.lab.report import as_html, as_markdown, as_text
+    from neurarium.lab.runner import compare, run, run_many
     from neurarium.lab.trial import Arm, Trial
+    from neurarium.lab.verdict import Verdict, judge
+    from neurarium.lab.verification import PaperReport, VerifyReport, verify
     from neurarium.lab.view import RecordView
 
 _HOMES = {
     "Arm": "trial",
     "ArmRun": "record",
+    "Expression": "expression",
+    "PaperReport": "verification",
     "Record": "record",
     "RecordView": "view",
     "SeedRun": "record",
     "Trial": "trial",
+    "Verdict": "verdict",
+    "VerifyReport": "verification",
+    "as_html": "report",
+    "as_markdown": "report",
+    "as_text": "report",
+    "compare": "runner",
     "draw": "figures",
     "fingerprint": "fingerprinting",
+    "judge": "verdict",
+    "publish": "records",
+    "published": "records",
+    "record_path": "records",
+    "records_root": "records",
     "run": "runner",
     "run_many": "runner",
+    "verify": "verification",
 }
 
 __all__ = [
     "Arm",
     "ArmRun",
+    "Expression",
+    "PaperReport",
     "Record",
     "RecordView",
     "SeedRun",
     "Trial",
+    "Verdict",
+    "VerifyReport",
+    "as_html",
+    "as_markdown",
+    "as_text",
+    "compare",
     "draw",
     "fingerprint",
+    "judge",
+    "publish",
+    "published",
+    "record_path",
+    "records_root",
     "run",
     "run_many",
+    "verify",
 ]
 
 
