@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,13 +33,13 @@ def small_cnn() -> nn.Sequential:
 
 
 def main(smoke: bool = False) -> None:
-    console = Console()
+    console = Console(width=100)
     torch.manual_seed(0)
     epochs = 1 if smoke else 15
     task = data.images("digits", train=1200, seed=0)
     train, test, image = task.train.batches(64, seed=0), task.test, task.test.x[:1]
     tune = Backprop(optimizer=partial(ROOT, lr=5e-3, weight_decay=0.0))
-    table = Table("step", "paper", "accuracy", "weights", "not zero", "kFLOPs", "ms/256", title="One network, six papers")
+    table = Table("step", "paper", "accuracy", "weights", "not zero", "kFLOPs", "ms/256", box=box.SIMPLE)
 
     def row(step: str, paper: str, model: nn.Module, flops: float | None = None) -> nn.Module:
         """Measures a model, all with the same meters, and shows the table so far."""
