@@ -1,7 +1,8 @@
 """ROOT against Muon and AdamW: precision of the orthogonalisation, robustness to outliers, training with clean and with noisy gradients.
 
-The training task is a character transformer on tiny Shakespeare. Every arm runs at the same four learning rates, for clean and
-for noisy gradients, and is judged on test text at the one that is best on validation text. Noise: one gradient entry in a hundred gets 100 standard deviations times Student t(1.5).
+The training task is a character transformer on tiny Shakespeare. Every arm runs at the same four learning rates, for clean and for noisy
+gradients, and is judged on test text at the one that is best on validation text. Noise: one gradient entry in a hundred gets 100
+standard deviations times Student t(1.5).
 """
 
 from __future__ import annotations
