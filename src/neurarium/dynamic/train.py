@@ -145,9 +145,9 @@ class CachedStages(nn.Module):
 
 
 def _weighted(head: nn.Module) -> nn.Sequential:
-    """The head without the leading modules that have nothing to learn."""
+    """The head without the leading modules that have nothing to learn: no parameters, no running statistics."""
     parts = list(head) if isinstance(head, nn.Sequential) else [head]
-    first = next((i for i, part in enumerate(parts) if next(part.parameters(), None) is not None), 0)
+    first = next((i for i, part in enumerate(parts) if [*part.parameters(), *part.buffers()]), 0)
     return nn.Sequential(*parts[first:])
 
 
