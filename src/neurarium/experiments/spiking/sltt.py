@@ -165,7 +165,7 @@ def figure(record: RecordView, fig: Figure) -> None:
         )  # fmt: skip
     cost.set(xlabel="ms a training step", ylabel="test accuracy (%)", title=f"Cost and result, T = {STEPS}", xlim=(0, None))
     cost.grid(alpha=0.3)
-    cost.legend(fontsize=7, loc="lower right")
+    cost.legend(fontsize=7, loc="center right")
 
 
 def _degrees(cosines: np.ndarray) -> np.ndarray:
