@@ -65,7 +65,7 @@ class _OneStep:
 def run(trial: Trial) -> None:
     images = trial.scale(smoke={"train": 128, "test": 200}, laptop={"train": 8000, "test": 5000})
     task = data.images("mnist", **images, size=14, seed=trial.seed)
-    batch = trial.scale(smoke=64, laptop=128)
+    batch = 64
     epochs, widths = trial.scale(smoke=1, laptop=2), trial.scale(smoke=(4, 8, 8), laptop=(16, 32, 32))
     loader = task.train.batches(batch, seed=trial.seed, drop_last=True)
     test = task.test.batches(500, shuffle=False)
@@ -138,7 +138,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     for name in ("bptt", "bptt_checkpoint", "sltt"):
         peaks = record.values(name, "peak_saved") / 2**20
         memory.plot(MEMORY_STEPS[: peaks.shape[1]], peaks.mean(0), "o-", color=colors[name], label=LABELS[name])
-    memory.set(xscale="log", yscale="log", xlabel="steps T", ylabel="peak saved for backward (MiB)", title="Memory of one batch of 128")
+    memory.set(xscale="log", yscale="log", xlabel="steps T", ylabel="peak saved for backward (MiB)", title="Memory of one batch of 64")
     memory.set_xticks(MEMORY_STEPS, [str(t) for t in MEMORY_STEPS])
     memory.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
     memory.minorticks_off()
