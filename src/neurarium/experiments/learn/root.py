@@ -75,11 +75,11 @@ def run(trial: Trial) -> None:
     valid, test = replace(valid, count=trial.scale(smoke=1, laptop=12)), replace(test, count=trial.scale(smoke=1, laptop=25))
     symbols = len(text.characters)
 
-    def fit(name: str, lr: float, noisy: bool, count: int) -> tuple[nn.Module, tuple[float, ...]]:
+    def fit(optimizer: Callable[..., Optimizer], lr: float, noisy: bool, count: int) -> tuple[nn.Module, tuple[float, ...]]:
         torch.manual_seed(trial.seed)
         model = Characters(symbols, WIDTH, CONTEXT).to(trial.device)
         learner = (Noisy if noisy else Backprop)(
-            optimizer=partial(OPTIMIZERS[name], lr=lr), groups=matrix_groups,
+            optimizer=partial(optimizer, lr=lr), groups=matrix_groups,
             schedule=lambda optimizer: LambdaLR(optimizer, lambda step: max(0.0, 1 - step / count)),
         )  # fmt: skip
         history = learner.fit(model, replace(train, count=count), epochs=1, seed=trial.seed)
@@ -87,7 +87,7 @@ def run(trial: Trial) -> None:
 
     def attempt(name: str, lr: float, noisy: bool) -> tuple[float, float, nn.Module, tuple[float, ...]]:
         try:
-            model, curve = fit(name, lr, noisy, steps)
+            model, curve = fit(OPTIMIZERS[name], lr, noisy, steps)
         except Diverged:
             return float("inf"), lr, nn.Identity(), ()
         return evaluate(model, valid)["loss"], lr, model, curve
@@ -178,16 +178,11 @@ def recorded(fit: Callable[..., Any], at: tuple[int, ...]) -> list[Tensor]:
     for count in at:
         kept: list[Optimizer] = []
 
-        class Kept(Muon.func):  # type: ignore[misc, name-defined]
-            def __init__(self, groups: Any, lr: float) -> None:
-                super().__init__(groups, lr, coefficients="muon", quantile=None)
-                kept.append(self)  # noqa: B023
+        def keep(groups: Any, lr: float) -> Optimizer:
+            kept.append(Muon(groups, lr=lr))  # noqa: B023 (used in this round only)
+            return kept[-1]  # noqa: B023
 
-        OPTIMIZERS["recorded"] = Kept
-        try:
-            fit("recorded", 1e-2, False, count)
-        finally:
-            del OPTIMIZERS["recorded"]
+        fit(keep, 1e-2, False, count)
         found += [s["momentum_buffer"].flatten(1) for s in kept[0].state.values() if "momentum_buffer" in s]
     return found
 
