@@ -112,9 +112,14 @@ def _burgers(viscosity: float) -> Reference:
 
 
 def lorenz(
-    *, start: tuple[float, float, float] = (1.0, 1.0, 1.0), horizon: float = 3.0, sigma: float = 10.0, rho: float = 28.0, beta: float = 8 / 3
+    *,
+    start: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    horizon: float = 3.0,
+    sigma: float = 10.0,
+    rho: float = 28.0,
+    beta: float = 8 / 3,
 ) -> Problem:
-    """Lorenz' system ``x' = sigma (y - x), y' = x (rho - z) - y, z' = x y - beta z``: chaotic, so early errors grow exponentially."""
+    """Lorenz' system ``x' = sigma (y - x), y' = x (rho - z) - y, z' = x y - beta z``: chaotic, so early errors grow."""
     if len(start) != 3:
         raise BadInput(f"Lorenz' system starts from three numbers, got {start}")
 
@@ -132,6 +137,7 @@ def lorenz(
         residual=residual,
         initial=lambda c: dict(zip("xyz", start)),
         parameters={"sigma": sigma, "rho": rho, "beta": beta},
+        scales=dict.fromkeys("xyz", 30.0),  # the attractor's size; of unit scale, networks fall into the rest point 0 instead
         reference=lambda: _lorenz(start, horizon, sigma, rho, beta),
     )
 

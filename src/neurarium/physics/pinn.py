@@ -231,7 +231,7 @@ class _Training:
             passed = time.perf_counter() - clock
             self._note(step=step, seconds=passed, loss=loss, window=self.window)
             progress = Progress(step, passed, loss, self.solution, schedule, self.window)
-            stop = any([bool(callback(progress)) for callback in callbacks])
+            stop = sum(bool(callback(progress)) for callback in callbacks) > 0  # every callback is called
             clock = time.perf_counter() - passed
             if stop or (schedule is not None and schedule.converged):
                 break

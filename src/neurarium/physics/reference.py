@@ -50,9 +50,7 @@ def relative_l2(a: Array, b: Array) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def etdrk4(
-    symbol: Array, nonlinear: Callable[[Array], Array], start: Array, times: Array, *, steps: int, contour: int = 32
-) -> Array:
+def etdrk4(symbol: Array, nonlinear: Callable[[Array], Array], start: Array, times: Array, *, steps: int, contour: int = 32) -> Array:
     """``u_t = L u + N(u)`` on a periodic grid; L acts in Fourier space as multiplication by ``symbol`` (n/2 + 1,).
 
     ``nonlinear`` maps the grid values to ``N(u)`` in Fourier space (``np.fft.rfft`` convention). ``start`` (n,) is the state at

@@ -155,28 +155,29 @@ class Solution:
         meta = json.loads(path.with_suffix(".json").read_text())
         if meta["problem"] != problem.name:
             raise RecordError(f"{path} holds a solution of {meta['problem']}, not of {problem.name}")
-        if solver is None and meta["settings"] is None:
+        if solver is None and not meta["settings"]:
             raise BadInput(f"{path} was made with a network of the user's own: pass the solver")
         solver = solver or PINN(**{**meta["settings"], "dtype": getattr(torch, meta["settings"]["dtype"])})
         tensors, pieces = load_file(path), []
         for i, bounds in enumerate(meta["windows"]):
-            part = problem if i == 0 else problem.window(*bounds, pieces[-1].at(bounds[0]))
-            part = problem.window(*bounds) if i == 0 and len(meta["windows"]) > 1 else part
+            windowed = len(meta["windows"]) > 1
+            part = problem.window(*bounds, pieces[-1].at(bounds[0]) if pieces else None) if windowed else problem
             piece = solver.build(part)
             piece.network.load_state_dict({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}.")})
             pieces.append(piece)
-        return cls(problem, pieces, meta["settings"] or {}, meta["history"])
+        return cls(problem, pieces, meta["settings"], meta["history"])
 
     def _piecewise(self, points: Any, f: Callable[[Approximation, Tensor], Tensor]) -> Tensor:
         like = next(self.pieces[0].parameters(), torch.zeros(()))
         points = torch.as_tensor(points, dtype=like.dtype, device=like.device)
-        if points.ndim != 2 or points.shape[1] != len(self.problem.domain.coords):
-            raise BadInput(f"points must be (n, {len(self.problem.domain.coords)}): {self.problem.domain.coords}, got {tuple(points.shape)}")
+        coords = self.problem.domain.coords
+        if points.ndim != 2 or points.shape[1] != len(coords):
+            raise BadInput(f"points must be (n, {len(coords)}), columns {coords}, got {tuple(points.shape)}")
         if len(self.pieces) == 1:
             return f(self.pieces[0], points)
         time = self.problem.domain.time
         starts = points.new_tensor([p.problem.domain.bounds[time][0] for p in self.pieces[1:]])  # type: ignore[index]
-        which = torch.bucketize(points[:, self.problem.domain.coords.index(time)].contiguous(), starts)  # type: ignore[arg-type]
+        which = torch.bucketize(points[:, coords.index(time)].contiguous(), starts, right=True)  # type: ignore[arg-type]
         parts = [(torch.nonzero(which == i)[:, 0], piece) for i, piece in enumerate(self.pieces)]
         values = [(at, f(piece, points[at])) for at, piece in parts if len(at)]
         out = values[0][1].new_empty(len(points), *values[0][1].shape[1:]) if values else f(self.pieces[0], points)

@@ -77,8 +77,8 @@ class CausalSchedule:
 
     @property
     def converged(self) -> bool:
-        """Every weight exceeds delta at the last eps: the paper's test of convergence."""
-        return self.level == len(self.settings.eps) - 1 and self.min_weight > self.settings.delta
+        """Every weight exceeds delta at the last eps: the paper's test of convergence. (With eps = 0 it would say nothing.)"""
+        return self.level == len(self.settings.eps) - 1 and self.eps > 0 and self.min_weight > self.settings.delta
 
     def strength(self, like: Tensor) -> Tensor:
         """eps as a tensor, so that compiled code need not be made anew when it changes."""
