@@ -228,14 +228,16 @@ def mul(a: Any, b: Any) -> Jet:
 
 def _leibniz(p: Sequence[Tensor], q: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
     total: Any = 0
-    if p is q:  # a square: each mixed pair once, doubled
-        for b, d in pairs:
-            if b <= d:
-                term = p[b] * p[d]
-                total = total + (term if b == d else 2 * term)
-        return total
     for b, d in pairs:
         total = total + p[b] * q[d]
+    return total
+
+
+def _square(p: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
+    total: Any = 0
+    for b, d in pairs:  # each mixed pair once, doubled
+        if b <= d:
+            total = total + (p[b] * p[d] if b == d else 2 * p[b] * p[d])
     return total
 
 
@@ -288,13 +290,13 @@ def _chain(z: Jet, value: Tensor, slope: Callable[[int, list[Tensor]], Tensor], 
 
 
 def tanh(z: Jet) -> Jet:
-    square = z.orders.products
-    return _chain(z, torch.tanh(z.value), lambda k, y: -_leibniz(y, y, square[k]) if k else 1 - y[0] * y[0])
+    pairs = z.orders.products
+    return _chain(z, torch.tanh(z.value), lambda k, y: -_square(y, pairs[k]) if k else 1 - y[0] * y[0])
 
 
 def sigmoid(z: Jet) -> Jet:
-    square = z.orders.products
-    return _chain(z, torch.sigmoid(z.value), lambda k, y: y[k] - _leibniz(y, y, square[k]))
+    pairs = z.orders.products
+    return _chain(z, torch.sigmoid(z.value), lambda k, y: y[k] - _square(y, pairs[k]))
 
 
 def exp(z: Jet) -> Jet:

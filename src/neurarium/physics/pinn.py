@@ -267,7 +267,7 @@ class _Training:
     def _first_order(self, schedule: CausalSchedule | None, steps: int | None) -> Callable[[Sequence[Tensor]], tuple[float, Tensor | None]]:
         optimizer_of, scheduler_of = self.solver.optimizer, self.solver.scheduler
         if optimizer_of == "adam":
-            optimizer_of = partial(torch.optim.Adam, lr=1e-3)
+            optimizer_of = partial(torch.optim.Adam, lr=1e-3, fused=True)
             scheduler_of = scheduler_of or partial(torch.optim.lr_scheduler.StepLR, step_size=5000, gamma=0.9)
         optimizer = optimizer_of(self.parameters)  # type: ignore[operator]
         scheduler = scheduler_of(optimizer) if scheduler_of else None
