@@ -1,0 +1,116 @@
+"""Verification: are the published records there, sound and current, and do they bear the claims out?
+
+A paper's record is **valid** if it exists and reads, is at laptop scale with at least three seeds, every arm of every seed is there (done,
+or its crash recorded), and at least one claim's null check fails, so that a method that does nothing could not have passed. It is
+**stale** if the code that it measured has changed since (:mod:`~neurarium.lab.fingerprinting`). Claims are judged by today's bounds;
+``moved`` lists those whose measure or bounds differ from what they were when the record was made.
+
+Nothing is run and no experiment is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neurarium.errors import BadInput, NeurariumError, RecordError
+from neurarium.lab.fingerprinting import Code, fingerprint
+from neurarium.lab.record import Record
+from neurarium.lab.records import published
+from neurarium.lab.verdict import MIN_SEEDS, Verdict, judge
+
+if TYPE_CHECKING:
+    from neurarium.catalog import Paper
+
+__all__ = ["PaperReport", "VerifyReport", "verify"]
+
+
+@dataclass(frozen=True)
+class PaperReport:
+    """What verification found of one paper."""
+
+    id: str
+    valid: bool
+    stale: bool
+    why: str = ""  # it is not valid
+    moved: tuple[str, ...] = ()  # claims whose measure or bounds were changed after the measurement
+    claims: tuple[Verdict, ...] = ()
+    record: Record | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with stable keys."""
+        return {
+            "id": self.id,
+            "valid": self.valid,
+            "stale": self.stale,
+            "seconds": None if self.record is None else round(self.record.seconds, 3),
+            "seeds": 0 if self.record is None else len(self.record.seeds),
+            "claims": [verdict.to_dict() for verdict in self.claims],
+            "why": self.why,
+            "moved": list(self.moved),
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verification found of many."""
+
+    papers: tuple[PaperReport, ...]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Claims by verdict (of valid papers), papers that are invalid, papers that are stale."""
+        verdicts = [verdict.verdict for paper in self.papers if paper.valid for verdict in paper.claims]
+        counts = {name: verdicts.count(name) for name in ("held", "weaker", "failed")}
+        return {**counts, "invalid": sum(not p.valid for p in self.papers), "stale": sum(p.stale for p in self.papers)}
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a paper that works has no valid record, else 0."""
+        return int(any(not paper.valid for paper in self.papers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with stable keys."""
+        return {"papers": [paper.to_dict() for paper in self.papers], "totals": self.totals}
+
+
+def verify(papers: Iterable[Paper], records_dir: Path | str | None = None) -> VerifyReport:
+    """Judge the published records of all papers that work; planned ones are passed over."""
+    code = Code()
+    return VerifyReport(tuple(_verified(paper, records_dir, code) for paper in papers if paper.status == "works"))
+
+
+def _verified(paper: Paper, root: Path | str | None, code: Code) -> PaperReport:
+    try:
+        record = published(paper, root)
+    except RecordError as error:
+        return PaperReport(paper.id, valid=False, stale=False, why=str(error))
+    try:
+        stale = fingerprint(paper, code) != record.fingerprint
+    except (NeurariumError, SyntaxError) as error:
+        return PaperReport(paper.id, valid=False, stale=True, why=f"its code cannot be followed: {error}", record=record)
+    try:
+        verdicts = tuple(judge(paper, record))
+    except BadInput as error:
+        return PaperReport(paper.id, valid=False, stale=stale, why=str(error), record=record)
+    return PaperReport(paper.id, not (why := _fault(record, verdicts)), stale, why, _moved(paper, record), verdicts, record)
+
+
+def _fault(record: Record, verdicts: Iterable[Verdict]) -> str:
+    """Why a record is no evidence; empty if it is."""
+    if record.scale != "laptop":
+        return f"it is at {record.scale} scale"
+    if len(record.seeds) < MIN_SEEDS:
+        return f"it has {len(record.seeds)} seeds, fewer than {MIN_SEEDS}"
+    if failed := [str(seed.seed) for seed in record.seeds if seed.error is not None]:
+        return f"seed {', '.join(failed)} failed outside its arms"
+    if not any(verdict.null_fails for verdict in verdicts):
+        return "every claim would also hold with the baseline in the method's place: nothing here is evidence for the method"
+    return ""
+
+
+def _moved(paper: Paper, record: Record) -> tuple[str, ...]:
+    then = {(claim.measure, claim.holds, claim.direction) for claim in record.claims}
+    return tuple(claim.says for claim in paper.claims if (claim.measure, claim.holds, claim.direction) not in then)
