@@ -24,7 +24,7 @@ def causal_pinn() -> Example:
         gradient = torch.autograd.grad(u.sum(), points, create_graph=True)[0]
         u_xx = torch.autograd.grad(gradient[:, 0].sum(), points)[0][:, 0]
         r = gradient[:, 1] - 1e-4 * u_xx + 5 * u**3 - 5 * u
-        return float(r.square().mean().sqrt())
+        return float(r.detach().square().mean().sqrt())
 
     def inputs(n: int, seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
