@@ -34,20 +34,20 @@ LORENZ = Causal(eps=(1e-2, 1e-1, 1.0, 10.0), delta=0.95, patience=10**9)
 class Shuffled(Causal):
     """Causal weights, each given to the slice at another, fixed place in time."""
 
-    def slice_weights(self, losses: torch.Tensor, eps: torch.Tensor | float, initial: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def earlier(self, losses: torch.Tensor, initial: torch.Tensor | float = 0.0) -> torch.Tensor:
         order = torch.randperm(self.chunks, generator=torch.Generator().manual_seed(0)).to(losses.device)
-        return super().slice_weights(losses, eps, initial)[order]
+        return super().earlier(losses, initial)[order]
 
 
 class Watch:
-    """Follows a run: error on the reference grid, smallest causal weight, weights over time."""
+    """Follows a run: error on the reference grid, largest sum of earlier losses (which decides the smallest weight), all weights."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps: list[float] = []
         self.seconds: list[float] = []
         self.errors: list[float] = []
-        self.smallest: list[float] = []
+        self.sums: list[float] = []
         self.weights: list[torch.Tensor] = []
 
     def __call__(self, progress: Progress) -> None:
@@ -55,9 +55,14 @@ class Watch:
             self.steps.append(progress.step)
             self.seconds.append(progress.seconds)
             self.errors.append(progress.solution.error()["u"])
-            if progress.schedule is not None and progress.schedule.last is not None:
-                self.smallest.append(progress.schedule.min_weight)
-                self.weights.append(progress.schedule.last.cpu())
+            if progress.schedule is not None:
+                self.eps = progress.schedule.eps
+                self.sums.append(float(progress.schedule.sums.max()))
+                self.weights.append(progress.schedule.slice_weights)
+
+    def min_weight(self) -> list[float]:
+        """The smallest weight at each check, at the last eps of the run; 1 without weights."""
+        return [math.exp(-self.eps * s) for s in self.sums] or [1.0] * len(self.errors)
 
 
 def run(trial: Trial) -> None:
@@ -91,7 +96,7 @@ def run(trial: Trial) -> None:
         steps = trial.scale(smoke=12, laptop=4000) if first else trial.scale(smoke=6, laptop=45)
         solution = solver.solve(problem, steps=steps, seed=trial.seed, callbacks=[watch])
         arm.log(error=median(watch.errors[-5:]), residual=solution.residual())
-        arm.log(minus_log_error=[-math.log(e) for e in watch.errors], min_weight=watch.smallest or [1.0] * len(watch.errors))
+        arm.log(minus_log_error=[-math.log(e) for e in watch.errors], min_weight=watch.min_weight())
         arm.curve("error", watch.steps, watch.errors)
         arm.curve("error_by_seconds", watch.seconds, watch.errors)
         arm.curve("error_over_time", *_error_over_time(problem, solution))
