@@ -43,9 +43,9 @@ def escape(text: str) -> str:
 
 
 def _accented(character: str) -> str:
-    letter, *marks = unicodedata.normalize("NFD", character)
-    if len(marks) == 1 and marks[0] in _ACCENTS and letter.isascii():
-        return f"{{\\{_ACCENTS[marks[0]]}{letter}}}"
+    parts = unicodedata.normalize("NFD", character)
+    if len(parts) == 2 and parts[0].isascii() and parts[1] in _ACCENTS:
+        return f"{{\\{_ACCENTS[parts[1]]}{parts[0]}}}"
     return character
 
 

@@ -10,7 +10,7 @@ from neurarium.errors import BadInput
 
 __all__ = ["Bound"]
 
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"
 _PART = re.compile(rf"(<=|>=|==|<|>)\s*({_NUMBER})")
 _RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 _SYNTAX = "write it as '<= 0.3', '> 1', '== 1', '>= 0.8 and <= 1.2' or 'in [0.8, 1.2]'"

@@ -32,7 +32,7 @@ MAX_CLAIMS = 30
 YEARS = range(1940, 2101)
 
 _ID = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
-_ARXIV = re.compile(r"\d{2}(?:0[1-9]|1[0-2])\.\d{4,5}|[a-z]+(?:-[a-z]+)?/\d{2}(?:0[1-9]|1[0-2])\d{3}")
+_ARXIV = re.compile(r"[0-9]{2}(?:0[1-9]|1[0-2])\.[0-9]{4,5}|[a-z]+(?:-[a-z]+)?/[0-9]{2}(?:0[1-9]|1[0-2])[0-9]{3}")
 _ARM = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 # Control, format (bidirectional overrides, zero-width), private-use and surrogate characters: a title goes to terminals and pages.
 _INVISIBLE = re.compile(

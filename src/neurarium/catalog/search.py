@@ -22,8 +22,8 @@ __all__ = ["Index"]
 WEIGHTS = {"id": 4.0, "title": 3.0, "role": 2.0, "room": 2.0, "summary": 1.0, "claims": 0.5}
 K1, B = 1.2, 0.5
 MAX_WORDS = 32  # of a query
-_STOP = frozenset({"a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "that", "the",
-                   "this", "to", "via", "with"})  # fmt: skip
+_STOP = frozenset({"a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "that",
+                   "the", "this", "to", "via", "with"})  # fmt: skip
 _WORD = re.compile(r"[a-z0-9]+")
 
 
