@@ -26,6 +26,7 @@ from neurarium.dynamic.outcome import Mode, Outcome, Policy, Segment, Staged
 from neurarium.dynamic.staged import dense, pick, run, step
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import as_chain
+from neurarium.learn.fit import to
 from neurarium.roles import Loader
 
 __all__ = ["EarlyExit", "ExitChain", "freeze_backbone", "head", "staged"]
@@ -228,9 +229,9 @@ class EarlyExit(Policy):
         scores, correct = [], []
         with evaluating(self):
             for x, y in loader:
-                readouts, s = dense(self.staged, self.gate, x)
+                readouts, s = dense(self.staged, self.gate, to(x, self.tau.device))
                 scores.append(s)
-                correct.append(readouts.argmax(-1) == y[:, None])
+                correct.append(readouts.argmax(-1) == y[:, None].to(readouts.device))
         if not scores:
             raise BadInput("the loader yielded no samples to calibrate on")
         self.curve = calibrate(torch.cat(scores), torch.cat(correct), grid=grid)

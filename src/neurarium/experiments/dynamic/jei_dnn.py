@@ -112,7 +112,7 @@ def run(trial: Trial) -> None:
             for tradeoff, joint in zip(TRADEOFFS, trial.shared("jointly", jointly)):
                 choices = joint.choices()
                 if arm.name == "random_exit":  # the same shares of exits, on other rows
-                    choices = tuple(c[torch.randperm(len(c), generator=trial.generator())] for c in choices)
+                    choices = tuple(c[torch.randperm(len(c))] for c in choices)
                 elif arm.name == "oracle":  # the exit of smallest cost, knowing the label
                     choices = best_exits(joint, b, tradeoff)
                 points.append(judge(joint, choices, b))
@@ -128,7 +128,7 @@ def prepare(trial: Trial) -> Bench:
         task, (own, val), passes = data.images("digits", seed=trial.seed), (600, 200), 2
     else:
         task, (own, val), passes = data.images("mnist", train=10_000, seed=trial.seed), (6_000, 2_000), 4
-    generator = trial.generator()
+    generator = torch.Generator().manual_seed(trial.seed)
     train, rest = task.train.split(own, seed=trial.seed)
     draws = [noisy(train, generator)[0] for _ in range(passes)]  # new noise in each pass
     (rest, _), (test, noise) = noisy(rest, generator), noisy(task.test, generator)
