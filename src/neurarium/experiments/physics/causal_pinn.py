@@ -3,7 +3,7 @@
 Allen-Cahn to T = 1, initial data and periodicity exact, 32 time slices x 64 points. Adam (3 x 48, 4,000 steps) and Levenberg-Marquardt
 (3 x 24, 45 steps) train with and without causal weights on the same points from the same start. ``lm_shuffled`` gives the same weights to
 the wrong slices: what remains of the gain if causality does not. Points change during training, so the error wobbles; an arm's error is
-the median of its last five checks. Both learning rates of Adam are the best of 1e-3, 3e-3, 1e-2 for the *plain* arm. Lorenz: T = 3 in six
+the median of its last five checks. Adam's learning rate is the best of 1e-3, 3e-3, 1e-2 for the *plain* arm. Lorenz: T = 3 in six
 windows, Levenberg-Marquardt with and without weights.
 """
 
