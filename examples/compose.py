@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from neurarium import data, meter
 from neurarium.compress import chita, finalise
-from neurarium.dynamic import JEIDNN, fit_policy, staged
+from neurarium.dynamic import JEIDNN, fit_policy, with_exits
 from neurarium.learn import ROOT, Backprop, MonoForward
 from neurarium.nn import dense, hypercomplex, replace_layers
 from neurarium.trust.explain import class_activation
@@ -74,7 +74,7 @@ def main(smoke: bool = False) -> None:
     row("pruned", "chita", model)
 
     # 5. Early exits whose gates and classifiers learn together (jei-dnn). Then: what does half the compute cost in accuracy?
-    policy = JEIDNN(staged(model, task.train.x[:8], cuts=2), tradeoff=0.5, warmup_epochs=epochs // 5 + 1, alternate=20)
+    policy = JEIDNN(with_exits(model, task.train.x[:8], cuts=2), tradeoff=0.5, warmup_epochs=epochs // 5 + 1, alternate=20)
     fit_policy(policy, train, epochs=2 * epochs, seed=0)
     policy.calibrate(task.train.batches(256, shuffle=False))
     policy.eval()

@@ -11,7 +11,7 @@ from torch import nn
 from neurarium.dynamic.backbones import BackboneS
 from neurarium.dynamic.budget import calibrate
 from neurarium.dynamic.cost import CostTable
-from neurarium.dynamic.exits import EarlyExit, ExitChain, freeze_backbone, head, staged
+from neurarium.dynamic.exits import EarlyExit, ExitChain, freeze_backbone, head, with_exits
 from neurarium.dynamic.gates import FEATURES, Entropy, LearnedGate, Patience, confidence
 from neurarium.dynamic.staged import best_chunk
 from neurarium.dynamic.train import CachedStages, cached, fit_policy, measure
@@ -108,7 +108,7 @@ def user_model() -> nn.Sequential:
 def test_exits_on_a_users_model_keep_it_as_it_is():
     model, (x, _) = user_model().eval(), _batch(6, 0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    net = staged(model, x, cuts=2)
+    net = with_exits(model, x, cuts=2)
     policy = EarlyExit(net, threshold=2.0).eval()
     assert net.n_stages == 3 and torch.equal(policy(x), model(x)) and torch.equal(net(x), model(x))
     net.segments[0][0].weight.data.zero_()
@@ -117,15 +117,15 @@ def test_exits_on_a_users_model_keep_it_as_it_is():
 
 def test_exits_by_name_and_by_share():
     model, (x, _) = user_model(), _batch(6, 0)
-    net = staged(model, x, cuts=["6", "0"])
+    net = with_exits(model, x, cuts=["6", "0"])
     assert [type(h) for h in net.heads] == [nn.Sequential, nn.Linear, nn.Identity]
     assert net.heads[1].in_features == 20
     deep = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8)))
-    assert [len(s) for s in staged(deep, torch.zeros(2, 8), cuts=3).segments] == [2, 2, 2, 2]
+    assert [len(s) for s in with_exits(deep, torch.zeros(2, 8), cuts=3).segments] == [2, 2, 2, 2]
     with pytest.raises(BadInput, match="cannot exit after '8'"):
-        staged(model, x, cuts=["8"])
+        with_exits(model, x, cuts=["8"])
     with pytest.raises(BadInput, match="1 to 3 exits"):
-        staged(model, x, cuts=4)
+        with_exits(model, x, cuts=4)
 
 
 def test_what_is_no_chain_is_refused_by_name():
@@ -138,9 +138,9 @@ def test_what_is_no_chain_is_refused_by_name():
             return self.second(x + self.first(x))
 
     with pytest.raises(UnsupportedModel, match="second"):
-        staged(Skip(), torch.rand(2, 4), cuts=1)
+        with_exits(Skip(), torch.rand(2, 4), cuts=1)
     with pytest.raises(UnsupportedModel, match="exits need"):
-        staged(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), torch.rand(2, 1, 8, 8), cuts=1)
+        with_exits(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)), torch.rand(2, 1, 8, 8), cuts=1)
     with pytest.raises(UnsupportedModel, match="Linear: has no n_stages"):
         EarlyExit(nn.Linear(2, 2))
     with pytest.raises(UnsupportedModel, match="no early head"):
@@ -150,7 +150,7 @@ def test_what_is_no_chain_is_refused_by_name():
 
 
 def test_sequence_heads_average_over_time():
-    net = staged(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Flatten(), nn.Linear(24, 2)), torch.rand(3, 4, 5), cuts=1)
+    net = with_exits(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Flatten(), nn.Linear(24, 2)), torch.rand(3, 4, 5), cuts=1)
     y = net.heads[0](h := torch.rand(3, 4, 6))
     torch.testing.assert_close(y, net.heads[0][1](h.mean(1)))
 

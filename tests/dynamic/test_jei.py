@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from neurarium.dynamic.backbones import BackboneS
-from neurarium.dynamic.exits import ExitChain, staged
+from neurarium.dynamic.exits import ExitChain, with_exits
 from neurarium.dynamic.gates import LearnedGate, exit_probabilities
 from neurarium.dynamic.jei import JEIDNN, gate_targets, inference_loss, warmup_loss
 from neurarium.dynamic.train import fit_policy
@@ -168,7 +168,7 @@ def test_warmup_ends_at_the_best_classifiers():
 def test_lambda_moves_the_exits():
     data = [_batch(32, s) for s in range(8)]
     torch.manual_seed(0)
-    net = staged(_network(), data[0][0], cuts=2)
+    net = with_exits(_network(), data[0][0], cuts=2)
     costs = []
     for tradeoff in (0.0, 1000.0):
         torch.manual_seed(1)
@@ -184,7 +184,7 @@ def test_same_seed_same_policy():
     data, results = [_batch(16, s) for s in range(3)], []
     for _ in range(2):
         torch.manual_seed(0)
-        p = JEIDNN(staged(_network(), data[0][0], cuts=2), alternate=2, warmup_epochs=1)
+        p = JEIDNN(with_exits(_network(), data[0][0], cuts=2), alternate=2, warmup_epochs=1)
         fit_policy(p, data, epochs=3, seed=5)
         results.append(torch.cat([q.flatten() for q in p.parameters()]))
     assert torch.equal(*results)

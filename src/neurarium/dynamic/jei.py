@@ -53,7 +53,7 @@ class JEIDNN(EarlyExit):
     """A staged network with jointly learned exits and gates. Freezes all of ``staged`` but its early heads, in place.
 
     Args:
-        staged: a network with ``heads``, one a stage; :func:`~neurarium.dynamic.exits.staged` makes one of an ordinary model.
+        staged: a network with ``heads``, one a stage; :func:`~neurarium.dynamic.exits.with_exits` makes one of an ordinary model.
         tradeoff: lambda, what the full cost is worth in units of the target (nats of cross-entropy).
         gate_features: names from :data:`~neurarium.dynamic.gates.FEATURES`.
         alternate: batches of gate steps before as many batches of classifier steps.
