@@ -144,7 +144,7 @@ def freeze_backbone(staged: Any) -> list[nn.Parameter]:
     heads = getattr(staged, "heads", None)
     name = type(staged).__name__
     if not isinstance(heads, nn.ModuleList) or len(heads) != staged.n_stages:
-        raise UnsupportedModel("needs `heads`, an nn.ModuleList with one classifier a stage; dynamic.exits.with_exits makes them", module=name)
+        raise UnsupportedModel("needs `heads`, an nn.ModuleList with one classifier a stage; with_exits makes them", module=name)
     staged.requires_grad_(False)
     early = heads[:-1].requires_grad_(True)
     if not list(early.parameters()):
@@ -169,7 +169,7 @@ class EarlyExit(Policy):
         super().__init__()
         if not isinstance(staged, nn.Module) or not isinstance(staged, Staged):
             raise UnsupportedModel(
-                "has no n_stages, start and stage: neurarium.dynamic.exits.with_exits(model, example) adds them", module=type(staged).__name__
+                "has no n_stages, start and stage: with_exits(model, example) adds them", module=type(staged).__name__
             )
         self.staged = staged
         self.gate = MaxProb() if gate is None else gate
