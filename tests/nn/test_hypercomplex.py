@@ -318,7 +318,8 @@ def test_the_first_convolution_is_the_models_own():
 def test_fit_refuses_another_shape_before_anything_changes(rule):
     layer = PHConv2d(8, 8, 3, 4, algebra=rule)
     before = {k: v.clone() for k, v in layer.state_dict().items()}
-    others = [nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 5), nn.Linear(8, 8), nn.Conv1d(8, 8, 9), nn.ConvTranspose2d(8, 8, 3)]
+    others = [nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 5)]
+    others += [nn.Linear(8, 8), nn.Conv1d(8, 8, 9), nn.ConvTranspose2d(8, 8, 3)]
     for other in others:
         with pytest.raises(BadInput, match=r"\(8, 8, 3, 3\)"):
             layer.fit_(other)
