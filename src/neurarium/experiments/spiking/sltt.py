@@ -2,8 +2,9 @@
 
 One network (16-32-32 convolutions, batch normalisation, LIF, average pooling) on MNIST at 14x14 with direct coding and T = 6; the paper's
 neuron (leak 0.09, soft reset, triangle), optimizer (SGD, momentum 0.9, cosine); batches of 64 (the paper: 128); the same for every arm.
-BPTT runs in both orders of execution: ``bptt`` step by step, as SLTT does (batch statistics per step), ``bptt_layer`` all steps at once, the faster one.
-``random`` has BPTT's temporal paths and drops others instead: per layer, errors enter through the spikes of one random step alone.
+BPTT runs in both orders of execution: ``bptt`` step by step, as SLTT does (batch statistics per step), ``bptt_layer`` all steps at once,
+the faster one. ``random`` has BPTT's temporal paths and drops others instead: per layer, errors enter through the spikes of one random
+step alone.
 """
 
 from __future__ import annotations
