@@ -1,6 +1,5 @@
 """The plain learner is the loop that one writes by hand, and resuming it leaves no trace."""
 
-import pickle
 from functools import partial
 
 import pytest
@@ -160,6 +159,23 @@ def test_bad_inputs():
         Backprop().fit(nn.Flatten(), loader(), epochs=1)
 
 
+@pytest.mark.parametrize(
+    ("y", "what"),
+    [(Y[:8] + 5, "class 1[0-4]"), (Y[:8] - 20, "class -"), (Y[:8].float(), "float32"), (Y[:8].int(), "int32"), (Y[:4], r"\(4,\)")],
+)
+def test_labels_that_cross_entropy_cannot_take_are_named(y, what):
+    for run in (lambda: Backprop().fit(net(), [(X[:8], y)], epochs=1), lambda: evaluate(net(), [(X[:8], y)])):
+        with pytest.raises(BadInput, match=what):
+            run()
+
+
+def test_what_torch_takes_is_taken_and_mse_does_not_broadcast():
+    for y in (Y[:8].where(Y[:8] > 1, torch.tensor(-100)), F.one_hot(Y[:8], 10).float()):
+        Backprop().fit(net(), [(X[:8], y)], epochs=1)
+    with pytest.raises(BadInput, match=r"\(8, 1\).*\(8,\)"):
+        Backprop(loss="mse").fit(nn.Linear(64, 1), [(X[:8], Y[:8].float())], epochs=1)
+
+
 def test_callbacks_stop_and_checkpoint(tmp_path):
     seen = []
 
@@ -217,8 +233,15 @@ def test_loads_own_pt_without_running_code(tmp_path):
             return (pytest.fail, ("code was run",))
 
     torch.save(Evil(), tmp_path / "evil.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(BadInput, match=r"evil\.pt"):
         load_checkpoint(tmp_path / "evil.pt")
+    save_checkpoint(tmp_path / "cut.safetensors", {"w": torch.ones(200)})
+    for name in ("cut.safetensors", "w.pt"):
+        whole = (tmp_path / name).read_bytes()
+        for size in (0, 5, len(whole) // 2):
+            (tmp_path / name).write_bytes(whole[:size])
+            with pytest.raises(BadInput, match=name):
+                load_checkpoint(tmp_path / name)
     with pytest.raises(BadInput, match="holds"):
         save_checkpoint(tmp_path / "x.safetensors", {"f": {"g": object()}})
     with pytest.raises(BadInput, match="no checkpoint"):

@@ -191,6 +191,17 @@ def test_a_greedy_run_resumes_bit_for_bit_inside_any_block(rule, stop, tmp_path)
         rule.fit(fresh, loader(), epochs=3, resume=state)
 
 
+def test_a_parallel_run_resumes_bit_for_bit_and_can_be_extended():
+    whole, broken, rule = mlp(16, 12), mlp(16, 12), MonoForward(order="parallel")
+    want = rule.fit(whole, TRAIN.batches(64), epochs=2)
+    half = rule.fit(broken, TRAIN.batches(64), epochs=1)
+    fresh = mlp(16, 12, seed=8)
+    got = rule.fit(fresh, TRAIN.batches(64), epochs=2, resume=half.state)
+    assert got.extra["loss"] == want.extra["loss"]
+    for a, b in zip(whole.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_overlay_replaces_the_first_values_by_a_label_as_bright_as_the_data():
     x = torch.rand(4, 1, 5, 5)
     got = overlay_label(x, torch.tensor([0, 2, 1, 2]), 3, 7.0)

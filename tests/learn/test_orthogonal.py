@@ -111,6 +111,23 @@ def test_the_cut_is_of_the_momentum_entries_and_is_what_the_docstring_says():
     assert error[0] < 0.5 * error[1]
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+@pytest.mark.parametrize("scale", ["rms", "spectral"])
+def test_two_steps_by_hand(shape, scale):
+    (g1, g2), mu, lr, wd = (gaussian(*shape, seed=s) for s in (1, 2)), 0.9, 0.1, 0.5
+    p = nn.Parameter(torch.ones(shape, dtype=torch.float64))
+    optimizer = ROOT([p], lr=lr, momentum=mu, weight_decay=wd, coefficients="muon", quantile=0.9, scale=scale)
+    for g in (g1, g2):
+        p.grad = g.clone()
+        optimizer.step()
+    size = 0.2 * 30**0.5 if scale == "rms" else max(1, shape[0] / shape[1]) ** 0.5
+    want = torch.ones(shape, dtype=torch.float64)
+    for v in (g1 + mu * g1, g2 + mu * (mu * g1 + g2)):
+        eps = v.abs().flatten().sort().values[int(0.9 * 599)]
+        want = (1 - lr * wd) * want - lr * size * newton_schulz(v.clamp(-eps, eps), MUON)
+    torch.testing.assert_close(p.detach(), want, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("quantile", [0.9, None])
 def test_the_update_does_not_depend_on_the_scale_of_the_gradient(quantile):
     g = gaussian(8, 12)

@@ -10,7 +10,7 @@ from neurarium.errors import BadInput
 from neurarium.spiking.encode import direct
 from neurarium.spiking.meter import SpikeMeter
 from neurarium.spiking.net import SpikingSequential, unroll
-from neurarium.spiking.neuron import LIF
+from neurarium.spiking.neuron import LI, LIF
 
 
 def _by_hand(conv: nn.Conv2d, x: torch.Tensor) -> int:
@@ -45,3 +45,16 @@ def test_counts_every_operation(order):
     assert meter.joules() > 0
     with pytest.raises(BadInput, match="nowhere"):
         meter.rate("nowhere")
+
+
+@pytest.mark.parametrize("order", ["layer", "step"])
+def test_a_leaky_integrator_does_not_fire(order):
+    torch.manual_seed(0)
+    net = SpikingSequential(nn.Linear(4, 3), LIF(0.5), nn.Linear(3, 2), LI(0.9), nn.Linear(2, 5))
+    with SpikeMeter(net) as meter:
+        unroll(net, 3 * torch.rand(6, 2, 4), order=order)
+    assert set(meter.spikes) == set(meter.updates) == {"1"}
+    assert set(meter.sops) == {"2"}
+    assert meter.macs["4"] == 6 * 2 * 2 * 5
+    with pytest.raises(BadInput, match="nothing was counted"):
+        meter.rate("3")

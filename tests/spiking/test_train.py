@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from neurarium.errors import BadInput, UnsupportedModel
+from neurarium.experiments.spiking.sltt import RandomPaths
 from neurarium.learn.fit import evaluate
 from neurarium.meter import SavedBytes
 from neurarium.spiking import nn as snn
@@ -187,8 +188,12 @@ def test_learns_and_resumes_bit_for_bit(rule):
 def test_models_that_do_not_fit_are_refused_by_name():
     readout = nn.Sequential(nn.Linear(4, 3), LIF(0.5), nn.Linear(3, 2))
     readout.total = LI(1.0)
-    with pytest.raises(UnsupportedModel, match="total"):
-        SLTT(steps=2).fit(readout, [], epochs=1)
+    for leak in (1.0, 0.9, 0.1):
+        readout.total = LI(leak)
+        with pytest.raises(UnsupportedModel, match="total"):
+            SLTT(steps=2).fit(readout, [], epochs=1)
+    readout.total = LI(0.0)  # carries nothing
+    SLTT(steps=2).fit(readout, [(torch.rand(2, 4), torch.tensor([0, 1]))], epochs=1)
     with pytest.raises(UnsupportedModel, match="no spiking neuron"):
         BPTT(steps=2).fit(nn.Linear(4, 2), [], epochs=1)
     with pytest.raises(UnsupportedModel, match=r"1: GRU"):
@@ -204,6 +209,9 @@ def test_bad_input_is_refused():
     x, y = torch.zeros(2, 4), torch.tensor([0, 1])
     with pytest.raises(BadInput, match="not finite"):
         SLTT(steps=2).fit(net, [(x * float("nan"), y)], epochs=1)
+    for rule in (SLTT(steps=2), BPTT(steps=2)):
+        with pytest.raises(BadInput, match="one tensor, not a tuple"):
+            rule.fit(net, [((x, x), y)], epochs=1)
     with pytest.raises(BadInput, match="single number"):
         SLTT(steps=2, loss=partial(F.cross_entropy, reduction="none")).fit(net, [(x, y)], epochs=1)
     with pytest.raises(BadInput, match=r"batch, time"):
@@ -214,3 +222,25 @@ def test_direct_coding_is_the_default():
     net = snn.mlp(16, 2, (8,))
     x = torch.rand(3, 16)
     assert torch.equal(SLTT(steps=5).predictor(net)(x), unroll(net, direct(x, 5))[0].mean(0))
+
+
+def test_random_paths_of_one_step_are_all_paths():
+    model, x, y = _task(0.8)
+    one = OverTime(model.net, 1)
+    _close(_gradient(RandomPaths(order="step"), one, x[:, 0], y)[2], _gradient(BPTT(order="step"), one, x[:, 0], y)[2])
+
+
+@pytest.mark.parametrize("chosen", [0, 2])
+def test_random_paths_take_the_error_of_the_chosen_step_alone(chosen, monkeypatch):
+    """With one layer of neurons: what lies below gets the gradient of that step's loss, through time; the readout gets its own."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), LIF(0.8, surrogate=ATan()), nn.Linear(8, 3)).double()
+    model, x, y = OverTime(net, 3), 3 * torch.rand(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor(chosen))
+    got = _gradient(RandomPaths(order="step"), model, x, y)[2]
+    outputs = unroll(net, direct(x, 3), order="step")[0]
+    losses = [StepLoss()(o, y) for o in outputs]
+    parameters = list(net.parameters())
+    below = torch.autograd.grad(losses[chosen], parameters[:2], retain_graph=True)
+    readout = torch.autograd.grad(torch.stack(losses).mean(), parameters[2:])
+    _close(got, [*below, *readout], rtol=1e-9, atol=1e-12)

@@ -50,7 +50,41 @@ __all__ = [
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+def check_labels(output: Tensor, y: Tensor) -> None:
+    """Refuse targets that cross-entropy over axis 1 of ``output`` cannot take; -100 marks a position to leave out, as in torch."""
+    classes = output.shape[1] if output.ndim > 1 else output.shape[0]
+    if y.is_floating_point():
+        if y.shape != output.shape:
+            raise BadInput(f"cross_entropy: y holds {y.dtype} of shape {tuple(y.shape)}; it needs class indices (torch.int64)")
+        return  # probabilities
+    if y.dtype not in (torch.int64, torch.uint8):
+        raise BadInput(f"cross_entropy: y holds {y.dtype}; class indices are torch.int64")
+    if y.numel() == 0 or output.ndim < 2:
+        return
+    if y.shape != output.shape[:1] + output.shape[2:]:
+        raise BadInput(f"cross_entropy: y of shape {tuple(y.shape)} does not fit the output of shape {tuple(output.shape)}")
+    low, high = torch.stack(y.aminmax()).tolist()
+    if low == -100:
+        low = min(y[y != -100].tolist(), default=0)
+    if low < 0 or high >= classes:
+        raise BadInput(f"cross_entropy: y holds class {low if low < 0 else high}, but the output has classes 0 to {classes - 1}")
+
+
+def cross_entropy(output: Tensor, y: Tensor) -> Tensor:
+    check_labels(output, y)
+    return F.cross_entropy(output, y)
+
+
+def mse(output: Tensor, y: Tensor) -> Tensor:
+    """Without the broadcasting that turns (n, 1) against (n,) into a loss over n x n pairs."""
+    if output.shape != y.shape:
+        raise BadInput(f"mse: the output has shape {tuple(output.shape)}, the target {tuple(y.shape)}; they must be the same")
+    return F.mse_loss(output, y)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mse}
 ADAMW: Callable[..., Optimizer] = partial(AdamW, lr=1e-3)
 
 
@@ -331,6 +365,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}")
+    try:
+        return _load(path)
+    except Exception as error:  # each format has errors of its own for a file that is cut short or holds something else
+        raise BadInput(f"{path} is damaged, or no checkpoint of tensors: {type(error).__name__}: {error}") from error
+
+
+def _load(path: Path) -> Any:
     if path.suffix != ".safetensors" and not _is_safetensors(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     from safetensors import safe_open

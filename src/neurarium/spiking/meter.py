@@ -1,7 +1,8 @@
 """What a spiking network costs in events: spikes, firing rates, synaptic operations.
 
 A synaptic operation is one accumulate that one non-zero input of a layer causes; its count is the number of non-zero inputs times their
-fan-out, borders of convolutions included. Layers before the first neuron see real values, so their work is counted as multiply-accumulates.
+fan-out, borders of convolutions included. Layers before the first neuron see real values, so their work is counted as multiply-accumulates;
+so is that of layers after a leaky integrator, which puts out its membrane and never fires.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from neurarium.errors import BadInput
 from neurarium.meter import energy
-from neurarium.spiking.neuron import Neuron
+from neurarium.spiking.neuron import LI, Neuron
 
 __all__ = ["SpikeMeter"]
 
@@ -33,6 +34,7 @@ class SpikeMeter:
         self.sops: dict[str, float] = {}
         self.macs: dict[str, float] = {}
         self._net, self._handles = net, []
+        self._spiking = False  # whether the last neuron that ran fires
 
     def __enter__(self) -> SpikeMeter:
         for name, module in self._net.named_modules():
@@ -59,6 +61,9 @@ class SpikeMeter:
 
     def _neuron(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._spiking = not isinstance(module, LI)
+            if not self._spiking:
+                return
             self.spikes[name] = self.spikes.get(name, 0) + float(output.detach().sum())
             self.updates[name] = self.updates.get(name, 0) + output.numel()
 
@@ -66,7 +71,7 @@ class SpikeMeter:
 
     def _synapses(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            events = bool(self.updates) and name not in self.macs
+            events = self._spiking and name not in self.macs
             x = inputs[0].detach()
             x = (x != 0).to(x.dtype) if events else torch.ones_like(x)
             table = self.sops if events else self.macs

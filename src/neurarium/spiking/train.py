@@ -92,6 +92,8 @@ class _OverTimeRule(Backprop):
         return super().fit(model, loader, **options)
 
     def sequence(self, model: OverTime, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise BadInput(f"the batch: x must be one tensor, not a {type(x).__name__}: a network over time has one input sequence")
         if not bool(torch.isfinite(x).all()):  # a neuron would turn NaN into silence, and the loss would look fine
             raise BadInput("the batch: x holds a value that is not finite")
         return model.sequence(x)
@@ -147,8 +149,8 @@ class SLTT(_OverTimeRule):
     def accepts(self, net: nn.Module) -> None:
         super().accepts(net)
         for name, module in net.named_modules():
-            if isinstance(module, LI) and module.leak == 1:
-                why = "sums the outputs of all steps; a step-local gradient needs each step's own output, so leave it out"
+            if isinstance(module, LI) and module.leak != 0:
+                why = "carries outputs from step to step; a step-local gradient needs each step's own output, so leave it out"
                 raise UnsupportedModel(why, module=name or "LI")
 
     def gradients(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

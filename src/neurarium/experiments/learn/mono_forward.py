@@ -69,12 +69,13 @@ def run(trial: Trial) -> None:
         with arm.timed("seconds_to_stop"):
             history = rule.fit(model, batches, epochs=most, val=val, seed=trial.seed, callbacks=stop)
         found = evaluate(rule.predictor(model), test)
-        flops = training_flops(rule, model, train, history, closed_form=arm.name == "cafo_mse")
+        flops, steps, cache, traffic = training_work(rule, model, train, history, closed_form=arm.name == "cafo_mse")
         saved = 0 if arm.name == "cafo_mse" else saved_bytes(rule, start, train)
-        joules = meter.energy(macs=flops / 2, bytes=2 * saved * max(history.steps, 1), memory="dram")
+        joules = meter.energy(macs=flops / 2, bytes=2 * saved * steps + traffic, memory="dram")
         arm.log(accuracy=found["accuracy"], flops=flops, saved_bytes=saved, joules=joules, tuned=lr, epochs=len(history.train))
+        arm.log(cache_bytes=cache, images=len(train), width=0 if cascade else width)
         last = [e["loss"] for e in history.val if e.get("block") == history.val[-1].get("block")]
-        arm.log(val_loss=min(last, default=found["loss"]))
+        arm.log(val_loss=min(last) if last else evaluate(rule.predictor(model), val)["loss"])
         if history.val:
             arm.curve("val_loss", y=[e["loss"] for e in history.val])
 
@@ -124,8 +125,11 @@ def tuned(rule, start, batches, val, *, epochs, seed, trials):
     return best[1], best[2]
 
 
-def training_flops(rule, model, train, history, *, closed_form: bool) -> float:
-    """FLOPs of the training steps up to the best epoch of each block, by counting one step of each; and of the cached activations."""
+def training_work(rule, model, train, history, *, closed_form: bool) -> tuple[float, float, float, float]:
+    """FLOPs and number of the steps up to the best epoch of each block, by counting one step of each; bytes and traffic of the cache.
+
+    The cache of greedy order holds the inputs of the block in training: written once, read once an epoch. Its first is the data itself.
+    """
     x, y = train.x[:BATCH], train.y[:BATCH]
     passes = len(train) / BATCH
 
@@ -137,14 +141,33 @@ def training_flops(rule, model, train, history, *, closed_form: bool) -> float:
         return meter.flops(graded)
 
     if isinstance(rule, Backprop):
-        return passes * best_epoch(history.val) * count(lambda: F.cross_entropy(model(x), y).backward())
+        epochs = best_epoch(history.val)
+        return passes * epochs * count(lambda: F.cross_entropy(model(x), y).backward()), passes * epochs, 0, 0
     objective, greedy, total = rule.trained(model), rule.order == "greedy", 0.0
+    if not rule.detach:  # gradients cross the blocks: one step is one pass through all of them
+
+        def attached() -> None:
+            h, losses = objective.enter(x, y), []
+            for i, block in enumerate(objective.blocks):
+                h_in, h = h, block(h)
+                if objective.learned(i):
+                    losses.append(objective.loss(i, h_in, h, y)[0])
+                h = objective.between(h)
+            torch.stack(losses).sum().backward()
+
+        epochs = best_epoch(history.val)
+        return passes * epochs * count(attached), passes * epochs, 0, 0
+    steps, cache, traffic, cached = 0.0, 0.0, 0.0, greedy and rule.cache and objective.repeatable
     h = objective.enter(x, y)
     for i, block in enumerate(objective.blocks):
         if objective.learned(i):
             epochs = best_epoch(
                 [e for e in history.val if e["block"] == i] if greedy else history.val, -1 if isinstance(rule, ForwardForward) else 1
             )
+            steps = steps + passes * epochs if greedy else passes * epochs
+            if cached and i:
+                held = h[0].numel() * h.element_size() * len(train)
+                cache, traffic = max(cache, held), traffic + held * (1 + epochs)
             if closed_form:  # the products and the solve of the smaller side
                 f, n = h.flatten(1).shape[1], len(train)
                 total += 2 * n * f * min(n, f) + min(n, f) ** 3 / 3
@@ -155,7 +178,7 @@ def training_flops(rule, model, train, history, *, closed_form: bool) -> float:
             if greedy:
                 total += passes * meter.flops(block, h)
             h = objective.between(block(h))
-    return total
+    return total, steps, cache, traffic
 
 
 def best_epoch(val, sign: int = 1) -> int:
@@ -200,4 +223,5 @@ def figure(record: RecordView, fig: Figure) -> None:
     memory.set(xlabel="kept for the backward pass (KiB)")
     memory.tick_params(axis="y", labelsize=7)
     fig.legend(*energy.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
-    fig.suptitle("Learning without backpropagation: MNIST at 14x14, 8000 images, equal tuning")
+    images, width = (int(max(record.mean(a, name) for a in arms)) for name in ("images", "width"))
+    fig.suptitle(f"Learning without backpropagation: 14x14, {images} images, hidden layers of {width}, equal tuning")

@@ -3,6 +3,9 @@
 The training task is a character transformer on tiny Shakespeare. Every arm runs at the same four learning rates, for clean and for noisy
 gradients, and is judged on test text at the one that is best on validation text. Noise: one gradient entry in a hundred gets 100
 standard deviations times Student t(1.5).
+
+``muon`` is torch's own, which iterates in bfloat16; ``muon32`` is the same rule in the float32 arithmetic that the arms of ROOT use, so
+that precision of numbers is told from precision of coefficients. Distances from orthogonality are all measured in float32.
 """
 
 from __future__ import annotations
@@ -31,9 +34,13 @@ if TYPE_CHECKING:
 SHAPES = ((32, 32), (64, 64), (64, 128), (64, 256), (64, 512), (128, 512), (256, 256))
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, CONTEXT, SEQUENCES = 48, 32, 16
-COLOURS = {"adamw": "#000000", "muon": "#0072B2", "root": "#D55E00", "root_uncut": "#E69F00", "root_muon": "#56B4E9", "classic": "#009E73"}
+COLOURS = {
+    "adamw": "#000000", "muon": "#0072B2", "muon32": "#CC79A7", "root": "#D55E00", "root_uncut": "#E69F00", "root_muon": "#56B4E9",
+    "classic": "#009E73",
+}  # fmt: skip
 LABELS = {
-    "adamw": "AdamW", "muon": "Muon", "root": "ROOT", "root_uncut": "ROOT without the cut", "root_muon": "ROOT, Muon's coefficients",
+    "adamw": "AdamW", "muon": "Muon (torch)", "muon32": "Muon in float32", "root": "ROOT", "root_uncut": "ROOT without the cut",
+    "root_muon": "ROOT, Muon's coefficients",
     "classic": "classic Newton-Schulz",
 }  # fmt: skip
 
@@ -58,9 +65,11 @@ class Chained(Optimizer):
         return {"parts": [part.state_dict() for part in self.parts]}
 
 
+MATRIX = ("muon", "muon32", "root")  # whose steps are timed and whose precision is measured
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamw": partial(AdamW, betas=(0.9, 0.95), weight_decay=0.1),
     "muon": Chained,
+    "muon32": partial(Muon, ns_dtype=torch.float32),
     "root": ROOT,
     "root_uncut": partial(ROOT, quantile=None),
     "root_muon": partial(ROOT, coefficients="muon"),
@@ -85,21 +94,22 @@ def run(trial: Trial) -> None:
         history = learner.fit(model, replace(train, count=count), epochs=1, seed=trial.seed)
         return model, tuple(history.extra["loss"])
 
-    def attempt(name: str, lr: float, noisy: bool) -> tuple[float, float, nn.Module, tuple[float, ...]]:
+    def attempt(name: str, lr: float, noisy: bool) -> tuple[float, float, nn.Module | None, tuple[float, ...]]:
         try:
             model, curve = fit(OPTIMIZERS[name], lr, noisy, steps)
         except Diverged:
-            return float("inf"), lr, nn.Identity(), ()
-        return evaluate(model, valid)["loss"], lr, model, curve
+            return float("inf"), lr, None, ()
+        loss = evaluate(model, valid)["loss"]  # not finite if the very last step spoilt the weights
+        return (loss, lr, model, curve) if np.isfinite(loss) else (float("inf"), lr, None, ())
 
     for arm in trial.arms(*OPTIMIZERS, "classic"):
-        if arm.name in ("classic", "muon", "root"):
+        if arm.name in ("classic", *MATRIX):
             momenta = trial.shared("momenta", lambda: recorded(fit, trial.scale(smoke=(2,), laptop=(20, 60))))
-            coefficients = {"classic": lambda s: CLASSIC, "muon": lambda s: MUON, "root": coefficients_for}[arm.name]
+            coefficients = {"classic": lambda s: CLASSIC, "root": coefficients_for}.get(arm.name, lambda s: MUON)
             arm.log(error=precision(coefficients, momenta, trial.generator()))
-        if arm.name in ("muon", "root"):
+        if arm.name in MATRIX:
             cosines = robustness(coefficients, (None, 0.999, 0.99, 0.95, 0.9, 0.8, 0.6), trial.generator())
-            arm.log(cosine=cosines[0 if arm.name == "muon" else 4])
+            arm.log(cosine=cosines[4 if arm.name == "root" else 0])
             arm.curve("cosine", x=[1, 0.999, 0.99, 0.95, 0.9, 0.8, 0.6], y=cosines)
             seconds = trial.shared("step_seconds", lambda: step_seconds(symbols, trial.device, trial.scale(smoke=2, laptop=30)))
             arm.log_timed(step_seconds=seconds[arm.name])
@@ -109,6 +119,9 @@ def run(trial: Trial) -> None:
             rates = RATES[:2] if trial.name == "smoke" else RATES
             tried = [attempt(arm.name, lr, noisy) for lr in rates]
             _, lr, model, curve = min(tried, key=lambda t: t[0])
+            if model is None:  # every rate diverged
+                arm.log(**{f"{condition}_loss": float("nan"), f"{condition}_lr": float("nan")})
+                continue
             arm.log(**{f"{condition}_loss": evaluate(model, test)["loss"], f"{condition}_lr": lr})
             arm.curve(f"{condition}_loss", y=np.convolve(curve, np.ones(10) / 10, "valid") if len(curve) > 10 else curve)
 
@@ -223,7 +236,7 @@ def robustness(coefficients: Callable[..., Any], quantiles: tuple[float | None, 
 def step_seconds(symbols: int, device: torch.device, repeats: int) -> dict[str, float]:
     """Median seconds of one optimizer step of the whole model, measured in turn."""
     steps = {}
-    for name in ("muon", "root"):
+    for name in MATRIX:
         model = Characters(symbols, WIDTH, CONTEXT).to(device)
         for p in model.parameters():
             p.grad = torch.randn_like(p)
@@ -238,8 +251,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     axes = fig.subplots(2, 2)
     for ax, condition in zip(axes[0], ("clean", "noisy")):
         for a in [a for a in OPTIMIZERS if a in record.arms]:
-            curves = record.curves(a, f"{condition}_loss")
-            if curves:
+            if np.isfinite(record.values(a, f"{condition}_loss")).any():  # where every rate diverged there is no curve
+                curves = record.curves(a, f"{condition}_loss")
                 x, y = curves[0][0], np.array([c[1] for c in curves])
                 ax.plot(x, y.mean(0), color=COLOURS[a], label=f"{LABELS[a]}: {record.mean(a, f'{condition}_loss'):.3f}")
                 ax.fill_between(x, y.min(0), y.max(0), color=COLOURS[a], alpha=0.15, lw=0)

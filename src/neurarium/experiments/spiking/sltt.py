@@ -1,9 +1,10 @@
 """SLTT against backpropagation through time: saved memory, time, accuracy, and how far apart the gradients are.
 
 One network (16-32-32 convolutions, batch normalisation, LIF, average pooling) on MNIST at 14x14 with direct coding and T = 6; the paper's
-neuron (leak 0.09, soft reset, triangle), optimizer (SGD, momentum 0.9, cosine) and batch size; the same for every arm. BPTT runs in both
-orders of execution: ``bptt`` step by step, as SLTT does (batch statistics per step), ``bptt_layer`` all steps at once, the faster one.
-``random`` has BPTT's temporal paths and drops others instead: per layer, errors enter through the spikes of one random step alone.
+neuron (leak 0.09, soft reset, triangle), optimizer (SGD, momentum 0.9, cosine); batches of 64 (the paper: 128); the same for every arm.
+BPTT runs in both orders of execution: ``bptt`` step by step, as SLTT does (batch statistics per step), ``bptt_layer`` all steps at once,
+the faster one. ``random`` has BPTT's temporal paths and drops others instead: per layer, errors enter through the spikes of one random
+step alone.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def run(trial: Trial) -> None:
             for key, leak in LEAKS.items():
                 after = net if key == "009" else trial.shared(f"trained_{key}", partial(trained, leak))
                 for when, net_ in {"init": model(leak=leak), "trained": after}.items():
-                    cosines, ratio = _compare(rules["bptt"], rule, net_, x, y)
-                    arm.log(**{f"cosine_{when}_{key}": cosines, f"norm_ratio_{when}_{key}": ratio})
+                    cosines, layers, ratio = _compare(rules["bptt"], rule, net_, x, y)
+                    arm.log(**{f"cosine_{when}_{key}": cosines, f"layers_{when}_{key}": layers, f"norm_ratio_{when}_{key}": ratio})
 
 
 def _peak(rule: BPTT | SLTT, net: OverTime, x: Tensor, y: Tensor) -> int:
@@ -118,15 +119,15 @@ def _peak(rule: BPTT | SLTT, net: OverTime, x: Tensor, y: Tensor) -> int:
     return meter.peak
 
 
-def _compare(exact: BPTT, rule: BPTT | SLTT, net: OverTime, x: Tensor, y: Tensor) -> tuple[list[float], float]:
-    """Cosine between the two gradients of each layer's weights that gets any, and the ratio of the two whole gradients' lengths."""
+def _compare(exact: BPTT, rule: BPTT | SLTT, net: OverTime, x: Tensor, y: Tensor) -> tuple[list[float], list[int], float]:
+    """Cosine between the two gradients of each layer that gets any, those layers counted from 1, the ratio of the gradients' lengths."""
     found = []
     for learner in (exact, rule):
         twin = copy.deepcopy(net).train()
         learner.gradients(twin, x, y)
         found.append([m.weight.grad.flatten() for m in twin.modules() if isinstance(m, (nn.Conv2d, nn.Linear))])
-    cosines = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(*found) if a.any()]
-    return cosines, float(torch.cat(found[1]).norm() / torch.cat(found[0]).norm())
+    cosines = {i: float(torch.cosine_similarity(a, b, dim=0)) for i, (a, b) in enumerate(zip(*found), 1) if a.any()}
+    return list(cosines.values()), list(cosines), float(torch.cat(found[1]).norm() / torch.cat(found[0]).norm())
 
 
 def figure(record: RecordView, fig: Figure) -> None:
@@ -147,14 +148,11 @@ def figure(record: RecordView, fig: Figure) -> None:
 
     for (key, leak), style in zip(LEAKS.items(), ("-", "--", ":")):
         for when, color in {"init": "#999999", "trained": colors["sltt"]}.items():
-            angles = _degrees(record.values("sltt", f"cosine_{when}_{key}"))
-            layers = np.arange(1, angles.shape[1] + 1)
             label = f"SLTT, leak {leak:.2g}, {'before training' if when == 'init' else 'trained'}"
-            angle.errorbar(layers, angles.mean(0), angles.std(0), fmt="o" + style, color=color, capsize=3, label=label)
-    wrong = _degrees(record.values("random", "cosine_trained_009"))
-    angle.errorbar(layers, wrong.mean(0), wrong.std(0), fmt="kx-", capsize=3, alpha=0.5, label="random paths, leak 0.09, trained")
+            angle.errorbar(*_by_layer(record, "sltt", f"{when}_{key}"), fmt="o" + style, color=color, capsize=3, label=label)
+    angle.errorbar(*_by_layer(record, "random", "trained_009"), fmt="kx-", capsize=3, alpha=0.5, label="random paths, leak 0.09, trained")
     angle.set(xlabel="layer, from the input", ylabel="angle to BPTT's gradient (degrees)", title="Direction of the gradient", ylim=(0, 95))
-    angle.set_xticks(layers)
+    angle.xaxis.get_major_locator().set_params(integer=True)
     angle.grid(alpha=0.3)
     angle.legend(fontsize=7)
 
@@ -168,5 +166,9 @@ def figure(record: RecordView, fig: Figure) -> None:
     cost.legend(fontsize=7, loc="center right")
 
 
-def _degrees(cosines: np.ndarray) -> np.ndarray:
-    return np.degrees(np.arccos(np.clip(cosines, -1, 1)))
+def _by_layer(record: RecordView, arm: str, key: str) -> tuple[list[int], list[float], list[float]]:
+    """Layers, and the mean and standard deviation over the seeds of the angle there; a layer without gradient at a seed is left out."""
+    layers = record.values(arm, f"layers_{key}")
+    angles = np.degrees(np.arccos(np.clip(record.values(arm, f"cosine_{key}"), -1, 1)))
+    found = [(int(i), angles[layers == i]) for i in np.unique(layers[np.isfinite(layers)])]
+    return [i for i, _ in found], [float(a.mean()) for _, a in found], [float(a.std()) for _, a in found]

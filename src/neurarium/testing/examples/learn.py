@@ -22,7 +22,7 @@ def root() -> Example:
 
 
 def mono_forward() -> Example:
-    """All blocks on each batch: the order in which a run can be extended by more epochs."""
+    """One block after another, the default."""
 
     def model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -35,8 +35,12 @@ def mono_forward() -> Example:
 
     return Example(
         "learner",
-        make=lambda: MonoForward(optimizer=partial(Adam, lr=1e-2), order="parallel"),
+        make=lambda: MonoForward(optimizer=partial(Adam, lr=1e-2)),
         model=model,
         loader=loader,
         unsupported=lambda: nn.Sequential(nn.Linear(6, 12), nn.ReLU()),
+        skip={
+            "resumes": "epochs are counted per block in greedy order",
+            "trains_in_place": "its history has an entry for each epoch of each block; that it learns is tested with the rule",
+        },
     )
