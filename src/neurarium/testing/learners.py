@@ -39,7 +39,7 @@ def trains_in_place(example: Example) -> None:
     history = _fit(example, model)
     assert isinstance(history, History), f"fit returned {type(history).__name__}, not History"
     assert history.steps > 0, "History.steps is 0 after two epochs"
-    assert len(history.train) == 2, f"History.train has {len(history.train)} entries after two epochs"
+    assert len(history.train) >= 2, f"History.train has {len(history.train)} entries after two epochs (of each block, if they take turns)"
     assert all(math.isfinite(e["loss"]) for e in history.train), "a training loss is not finite"
     changed = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed, "two epochs changed no parameter of the model"
