@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from neurarium import __version__, catalog
-from neurarium.catalog import Catalog, Claim, Paper
+from neurarium.catalog import Catalog, Claim, Comparison, Paper
 from neurarium.errors import BadInput, NeurariumError
 
 if TYPE_CHECKING:
-    from neurarium.lab import Record
+    from rich.console import Console
+
+    from neurarium.lab import Record, VerifyReport
 
 __all__ = ["app", "main"]
 
@@ -231,33 +233,24 @@ def run(
     from neurarium import lab
 
     rows: list[dict[str, Any]] = []
-    failed = False
     for paper in papers:
         record = results[paper.id]
         if isinstance(record, NeurariumError):
-            failed = True
             rows.append({"id": paper.id, "error": str(record)})
             print(f"neurarium: {_plain(str(record), lines=True)}", file=sys.stderr)
             continue
-        failed |= bool(record.crashes)
-        folder = out / paper.id / scale.value
-        where = {"record": folder / "record.json", "figure": folder / "figure.png"}
-        if publish:
-            if record.crashes:
-                print(f"neurarium: {paper.id} is not published: an arm crashed", file=sys.stderr)
-            else:
-                where["published"] = lab.publish(record, paper)
-        where = {name: path for name, path in where.items() if path.is_file()}
+        files = _files(out / paper.id / scale.value)
+        if publish and not record.crashes:
+            files["published"] = lab.publish(record)
+        elif publish:
+            print(f"neurarium: {paper.id} is not published: an arm crashed", file=sys.stderr)
         if as_json:
-            rows.append({"id": paper.id} | lab.judge(paper, record).to_json() | {name: str(path) for name, path in where.items()})
+            rows.append(_record_row(paper, record) | {name: str(path) for name, path in files.items()})
         else:
-            print(lab.report.text(paper, record))
-            for name, path in where.items():
-                print(f"{name:<10}{path}")
-            print()
+            _print_report(paper, record, files)
     if as_json:
         _print_json({"papers": rows})
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(int(any(isinstance(result, NeurariumError) or result.crashes for result in results.values())))
 
 
 @app.command()
@@ -279,7 +272,7 @@ def verify(
     if as_json:
         _print_json(report.to_json())
     else:
-        print(report.text())
+        _print_verification(report)
     raise typer.Exit(report.exit_code)
 
 
@@ -299,7 +292,7 @@ def report(
     from neurarium import lab
 
     if record is None:
-        found = [path for path in (lab.records_root() / f"{paper.id}.json", out / paper.id / "laptop" / "record.json") if path.is_file()]
+        found = [path for path in (lab.record_path(paper), out / paper.id / "laptop" / "record.json") if path.is_file()]
         if not found:
             raise BadInput(f"{paper.id} has no record yet; `neurarium run {paper.id}` makes one")
         record = found[0]
@@ -309,13 +302,12 @@ def report(
     if html is not None:
         from neurarium.lab.files import atomic_write
 
-        atomic_write(html, lab.report.html(paper, measured).encode("utf-8"))
+        atomic_write(html, lab.as_html(measured, paper).encode("utf-8"))
         print(html)
     elif markdown:
-        print(lab.report.markdown(paper, measured))
+        print(lab.as_markdown(measured, paper))
     else:
-        print(lab.report.text(paper, measured))
-        print(f"record    {record}")
+        _print_report(paper, measured, {"record": record})
 
 
 @app.command()
@@ -343,7 +335,7 @@ def compare(
     def measure() -> Record:
         from neurarium import lab
 
-        return lab.run(
+        return lab.compare(
             comparison,
             scale=scale.value,
             seeds=seeds,
@@ -356,9 +348,7 @@ def compare(
         )
 
     record = _resumable(measure)
-    from neurarium import lab
-
-    print(lab.report.text(comparison, record))
+    _print_report(comparison, record, _files(out / f"compare-{comparison.id}" / scale.value))
     raise typer.Exit(1 if record.crashes else 0)
 
 
@@ -469,19 +459,35 @@ def _published(paper: Paper) -> list[dict[str, Any]] | None:
         return None
     from neurarium import lab
 
-    path = lab.records_root() / f"{paper.id}.json"
-    if not path.is_file():
+    if not lab.record_path(paper).is_file():
         return None
     try:
-        claims: list[dict[str, Any]] = lab.judge(paper, lab.Record.load(path)).to_json()["claims"]
+        return [verdict.to_dict() for verdict in lab.judge(paper, lab.published(paper))]
     except NeurariumError as error:
         print(f"neurarium: {_plain(str(error))}", file=sys.stderr)
         return None
-    return claims
 
 
 def _row(paper: Paper) -> dict[str, Any]:
     return {"id": paper.id, "title": paper.title, "year": paper.year, "room": paper.room, "role": paper.role, "status": paper.status}
+
+
+def _record_row(paper: Paper, record: Record) -> dict[str, Any]:
+    from neurarium import lab
+
+    head = {
+        "id": paper.id,
+        "scale": record.scale,
+        "seconds": round(record.seconds, 3),
+        "seeds": len(record.seeds),
+        "crashes": len(record.crashes),
+    }
+    return head | {"claims": [verdict.to_dict() for verdict in lab.judge(paper, record)]}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What a run leaves in its folder."""
+    return {name: path for name, path in (("record", folder / "record.json"), ("figure", folder / "figure.png")) if path.is_file()}
 
 
 def _claim_row(claim: Claim) -> dict[str, Any]:
@@ -500,6 +506,47 @@ def _print_papers(papers: Iterable[Paper]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(_cut("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+def _print_report(subject: Paper | Comparison, record: Record, files: Mapping[str, Path]) -> None:
+    from neurarium import lab
+
+    _console().print(lab.as_text(record, subject))
+    print()
+    for name, path in files.items():
+        print(f"{name:<10}{path}")
+    print()
+
+
+def _print_verification(report: VerifyReport) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"held": "green", "weaker": "yellow", "failed": "red"}
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("paper", "record", "seeds", "seconds", "claims", "null fails", ""):
+        table.add_column(name, justify="right" if name in ("seeds", "seconds") else "left")
+    for paper in report.papers:
+        verdicts = [claim.verdict for claim in paper.claims]
+        parts = [(f"{verdicts.count(v)} {v}  ", colours.get(v, "dim")) for v in dict.fromkeys(verdicts)]
+        remarks = [*filter(None, [paper.why]), *(f"bound changed since: {says}" for says in paper.moved)]
+        table.add_row(
+            Text(paper.id),
+            Text("invalid", "red") if not paper.valid else Text("stale", "yellow") if paper.stale else Text("valid", "green"),
+            "-" if paper.record is None else str(len(paper.record.seeds)),
+            "-" if paper.record is None else f"{paper.record.seconds:.0f}",
+            Text.assemble(*parts),
+            f"{sum(claim.null_fails is True for claim in paper.claims)} of {len(verdicts)}",
+            Text(_plain("; ".join(remarks))),
+        )
+    _console().print(table)
+    print("\n" + ", ".join(f"{count} {name}" for name, count in report.totals.items()))
 
 
 def _cut(line: str) -> str:

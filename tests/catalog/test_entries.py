@@ -148,7 +148,7 @@ def test_filter_narrows_and_refuses_unknown_values():
     assert all(p.room == "spiking" and p.role == "learner" for p in chosen)
     assert papers.filter() == papers.papers
     for wrong in ({"room": "spikin"}, {"role": "learners"}, {"status": "work"}):
-        with pytest.raises(BadInput, match='did you mean'):
+        with pytest.raises(BadInput, match="did you mean"):
             papers.filter(**wrong)
 
 

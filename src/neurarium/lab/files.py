@@ -65,13 +65,16 @@ def read_regular(path: Path, limit: int, *, follow: bool = True) -> bytes:
         descriptor = os.open(path, flags)
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror or error}") from error
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RecordError(f"{path}: is not a regular file")
         if status.st_size > limit:
             raise RecordError(f"{path}: {status.st_size:,} bytes, at most {limit:,} are read")
-        return stream.read(limit + 1)
+        with open(descriptor, "rb", closefd=False) as stream:
+            return stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
 
 
 def clean(folder: Path) -> None:

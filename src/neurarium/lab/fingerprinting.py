@@ -297,6 +297,8 @@ def _normal(node: Any) -> str:
     if not isinstance(node, ast.AST):
         return repr(node)
     parts = []
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 leaves empty pieces in formatted strings
+        node = ast.JoinedStr([value for value in node.values if not (isinstance(value, ast.Constant) and value.value == "")])
     for name, value in ast.iter_fields(node):
         if (value is None and not isinstance(node, ast.Constant)) or value == [] or name in ("ctx", "kind", "type_comment"):
             continue

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import neurarium
 
-__all__ = ["cores", "machine", "versions"]
+__all__ = ["cores", "machine", "threads", "versions"]
 
 
 def cores() -> int:
-    """Cores that this process may use; ``OMP_NUM_THREADS`` lowers it, as it does torch's threads."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """Threads for a process that is alone: one a core, fewer if ``OMP_NUM_THREADS`` says so."""
     wish = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(available, int(wish) if wish.isdecimal() and int(wish) > 0 else available))
+    return min(cores(), int(wish)) if wish.isdecimal() and int(wish) > 0 else cores()
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from neurarium.lab.engines import Engine
 from neurarium.lab.engines import engine as make_engine
 from neurarium.lab.execute import Event, Unit
 from neurarium.lab.fingerprinting import fingerprint
-from neurarium.lab.machine import cores, versions
+from neurarium.lab.machine import cores, threads, versions
 from neurarium.lab.names import check_scale
 from neurarium.lab.progress import Progress
 from neurarium.lab.record import ArmRun, Measured, Record, SeedRun
@@ -101,8 +101,7 @@ def run_many(
     jobs = jobs or (1 if device != "cpu" else max(1, min(parallel, cores())))
     with contextlib.ExitStack() as stack, Progress(progress) as show:
         chosen = make_engine(engine, jobs=jobs, address=address)
-        threads = cores() if jobs == 1 else 1
-        work = [_Job(s, n, scale, device, cores() if s.timed else threads, Path(out)) for s, n in planned]
+        work = [_Job(s, n, scale, device, threads() if s.timed or jobs == 1 else 1, Path(out)) for s, n in planned]
         for job in sorted(work, key=lambda job: job.name):  # in one order everywhere, so that two runs cannot wait for each other
             job.open(stack.enter_context(job.folder.locked(show.note)), fresh)
         by_name = {job.name: job for job in work}
