@@ -394,9 +394,15 @@ def data_where(name: Annotated[str, typer.Argument(help="A data set's name.")]) 
 def demo(smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds only: shows that it runs.")] = False) -> None:
     """Combine several papers on one network.
 
-    Trained, pruned, given early exits and explained by different papers' methods: about a minute.
+    Trained, pruned, given early exits and explained by different papers' methods: about a minute. This runs examples/compose.py.
     """
-    catalog.resolve("neurarium.experiments.compose:main")(smoke=smoke)
+    import runpy
+
+    package = Path(__file__).parent
+    script = next((f for f in (package.parent.parent / "examples/compose.py", package / "_examples/compose.py") if f.is_file()), None)
+    if script is None:
+        raise BadInput("this installation holds no examples/compose.py; install neurarium from its repository or its wheel")
+    runpy.run_path(str(script))["main"](smoke=smoke)
 
 
 @app.command()

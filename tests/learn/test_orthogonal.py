@@ -159,8 +159,8 @@ def test_the_learner_takes_it_with_groups():
 
 @pytest.mark.parametrize(
     ("setting", "what"),
-    [({"quantile": 1.0}, "quantile"), ({"lr": -1}, "lr"), ({"scale": "x"}, "scale"), ({"coefficients": "x"}, "coefficients"), ({"ns_steps": 0}, "ns_steps")],
-)  # fmt: skip
+    [({"quantile": 1.0}, "quantile"), ({"lr": -1}, "lr"), ({"scale": "x"}, "scale"), ({"coefficients": "x"}, "coefficients")],
+)
 def test_refuses_settings_out_of_range(setting, what):
     with pytest.raises(BadInput, match=what):
         ROOT([nn.Parameter(torch.ones(2, 2))], **setting)
@@ -230,7 +230,8 @@ def test_builtin_coefficients_are_closer_to_orthogonal_than_muons_on_fresh_spect
     x = gaussian(8, *shape, seed=77, dtype=torch.float32)
     ours, theirs = spectral_error(newton_schulz(x, c)).mean(), spectral_error(newton_schulz(x, MUON)).mean()
     assert ours < 0.5 * theirs
-    assert spectral_error(newton_schulz(x[:, :1].mT @ x[:, :1] + 1e-3 * torch.eye(shape[1]), c)).max() < 1.5  # near rank one: bounded
+    rank_one = x[:, :, :1] @ x[:, :, :1].mT + 1e-3 * torch.eye(shape[0])
+    assert torch.linalg.matrix_norm(newton_schulz(rank_one, c), 2).max() < 1.4  # bounded where Gaussian fits are not
 
 
 def test_coefficients_come_from_the_nearest_shape():

@@ -395,7 +395,8 @@ def call(model: Callable[..., Any], x: Any) -> Tensor:
 
 
 def is_classes(output: Tensor, y: Tensor) -> bool:
-    return not y.is_floating_point() and output.ndim == y.ndim + 1
+    """Class indices for scores along axis 1."""
+    return not y.is_floating_point() and output.ndim == y.ndim + 1 and (output.shape[:1] + output.shape[2:]) == y.shape
 
 
 def copied(value: Any) -> Any:

@@ -30,7 +30,7 @@ from torch.optim import Adam, Optimizer
 
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import Chain
-from neurarium.learn.local import Facts, LocalLearner, LocalObjective, goodness, overlay_label
+from neurarium.learn.local import Facts, LocalLearner, LocalObjective, eval_mode, goodness, overlay_label
 
 __all__ = ["ForwardForward"]
 
@@ -72,8 +72,23 @@ class ForwardForward(LocalLearner):
         if classes < 2:
             raise BadInput("Forward-Forward needs at least two classes: with one there is no wrong label")
         net = _Sweep(chain.hidden, classes, facts.high, self.goodness, self.normalise, self.score_from, self.per_label_batch)
-        net(facts.example[:1])  # labels that do not fit, or a wrong setting, show here
+        self._check(net, chain, facts.example)
         return _ForwardForward(net, self.theta, self.negatives == "hard")
+
+    @staticmethod
+    def _check(net: _Sweep, chain: Chain, x: Tensor) -> None:
+        """Labels fit, and every block's goodness can differ between inputs: after a layer norm it cannot."""
+        with torch.no_grad():
+            h = net.normalised(overlay_label(x, torch.arange(len(x), device=x.device) % net.classes, net.classes, net.high))
+            for block, names in zip(chain.hidden, chain.names):
+                with eval_mode(block):
+                    h = block(h)
+                g = goodness(h, net.kind)
+                if len(g) > 1 and 0 < float(g.std()) < 1e-4 * float(g.mean()):
+                    raise UnsupportedModel(
+                        "its output is equally long for every input (a norm at its end), so goodness is constant", module=names[-1]
+                    )
+                h = net.normalised(h)
 
 
 class _ForwardForward(LocalObjective):

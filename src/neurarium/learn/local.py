@@ -134,10 +134,14 @@ class LocalLearner(Learner):
 
     def predictor(self, model: nn.Module) -> nn.Module:
         """The module that predicts the way this rule does. The model must have been trained (or resumed) by this kind of learner."""
+        return self.trained(model).predictor(model)
+
+    def trained(self, model: nn.Module) -> LocalObjective:
+        """The objective that last trained ``model``, with its readouts."""
         objective = _OBJECTIVES.get(model, {}).get(type(self))
         if objective is None:
             raise BadInput(f"this model was not trained by a {type(self).__name__} in this process; fit it, or resume with the same epochs")
-        return objective.predictor(model)
+        return objective
 
     def _parallel(self, model, objective, loader, *, epochs, val, seed, callbacks, resume, first) -> History:
         optimizers = [self.optimizer(p) if (p := objective.learned(i)) else None for i in range(len(objective.blocks))]

@@ -107,4 +107,3 @@ def figure(record: RecordView, fig: Figure) -> None:
     right.set_xticks((0, 1), ("right after\npruning", "after one\nepoch"))
     right.set(title="ResNet-8, 90 % removed", ylabel="test accuracy (%)")
     right.legend(fontsize=8, loc="lower right")
-    fig.tight_layout()
