@@ -61,6 +61,18 @@ def test_a_skipped_branch_costs_nothing() -> None:
     assert meter.flops(lambda x: layer(x) if len(x) else x, torch.zeros(0, 4)) == 0
 
 
+def test_a_whole_training_step_can_be_counted() -> None:
+    model = nn.Sequential(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(5, 7)).square().sum().backward()
+        optimizer.step()
+
+    assert meter.flops(step) == 2 * 5 * (2 * 7 * 11 + 3 * 11 * 3)
+
+
 class Noisy(nn.Module):
     """Draws from every random stream, keeps statistics, replaces a buffer."""
 

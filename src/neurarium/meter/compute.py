@@ -25,11 +25,14 @@ __all__ = ["flops", "macs"]
 def flops(fn: Callable[..., Any], *inputs: Any, backward: bool = False, **options: Any) -> int:
     """FLOPs of ``fn(*inputs, **options)``, ``fn`` a module in its present mode or any function of tensors.
 
-    With ``backward`` the gradients of the (first) output's sum to all that requires one are counted too. A module is left as it was:
-    gradients, buffers, mode and random number generators.
+    With ``backward`` the gradients of the (first) output's sum to all that requires one are counted too. A module is run without
+    gradients otherwise, and left as it was: gradients, buffers, mode and random number generators. Another function runs as the caller
+    would run it, so that a whole training step can be counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_EXTRA)
-    with undisturbed(module_of(fn)), _plain_kernels(), torch.set_grad_enabled(backward), counter:
+    module = module_of(fn)
+    graded = backward or (module is None and torch.is_grad_enabled())
+    with undisturbed(module), _plain_kernels(), torch.set_grad_enabled(graded), counter:
         output = fn(*inputs, **options)
         if backward:
             loss = next((t for t in _tensors(output) if t.requires_grad), None)

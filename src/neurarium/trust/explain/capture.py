@@ -44,7 +44,8 @@ class Capture:
 def capture(model: nn.Module, sites: Iterable[str], x: Tensor, *, grad: bool = True) -> Iterator[Capture]:
     """One forward pass of ``model(x)``, in its present mode, with the activations of ``sites``.
 
-    With ``grad`` the activations can be differentiated through, also in a model whose parameters are frozen.
+    With ``grad`` the activations can be differentiated through, also in a model whose parameters are frozen. No graph is kept of
+    what runs before the first site: parameters in front of it get no gradient from :attr:`Capture.output`.
 
     Raises:
         BadInput: a site that is no submodule.
@@ -56,14 +57,16 @@ def capture(model: nn.Module, sites: Iterable[str], x: Tensor, *, grad: bool = T
         def hook(_: nn.Module, __: Any, output: Any) -> Tensor:
             value = _tensor(output, site)
             if grad and not value.requires_grad:
+                torch.set_grad_enabled(True)  # the graph begins at the first site: what runs before it need not be kept
                 value = value.detach().requires_grad_()
             captured.activations[site] = value
             return value.clone()
 
         return hook
 
-    with _hooks(model, {site: read(site) for site in sites}), torch.set_grad_enabled(grad):
+    with _hooks(model, {site: read(site) for site in sites}), torch.no_grad():
         captured.output = _tensor(model(x), "")
+        torch.set_grad_enabled(grad)
         missing = [s for s in sites if s not in captured.activations]
         if missing:
             raise UnsupportedModel("does not run in a forward pass", module=missing[0])
