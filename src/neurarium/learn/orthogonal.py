@@ -83,6 +83,7 @@ class ROOT(Optimizer):
         quantile: of ``|V|`` above which entries are cut; ``None`` cuts nothing.
         scale: ``"rms"`` as above, ``"spectral"``: ``sqrt(max(1, rows/columns))``, or ``None``: 1.
         betas, eps: of AdamW.
+        ns_dtype: precision of the Newton-Schulz products, see :func:`newton_schulz`.
 
     With ``coefficients="muon", quantile=None`` this is Muon, and ``Muon`` is short for that.
     """
@@ -100,12 +101,14 @@ class ROOT(Optimizer):
         scale: str | None = "rms",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        ns_dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(coefficients, Mapping):
             coefficients = {tuple(k): tuple(v) for k, v in coefficients.items()}
         defaults = {
             "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "ns_steps": ns_steps,
-            "coefficients": coefficients, "quantile": quantile, "scale": scale, "betas": tuple(betas), "eps": eps, "use_orth": True,
+            "coefficients": coefficients, "quantile": quantile, "scale": scale, "betas": tuple(betas), "eps": eps,
+            "ns_dtype": ns_dtype, "use_orth": True,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -151,9 +154,9 @@ class ROOT(Optimizer):
         v = torch._foreach_add(grads, momenta, alpha=group["momentum"]) if group["nesterov"] else momenta
         v = torch.stack([t.reshape(rows, columns) for t in v])  # (matrices, rows, columns)
         if group["quantile"] is not None:
-            eps = _quantile(v.abs().flatten(1), group["quantile"]).view(-1, 1, 1) + 1e-9
+            eps = _quantile(v.flatten(1), group["quantile"]).view(-1, 1, 1) + 1e-9
             v = v.clamp(-eps, eps)  # = v - soft_threshold(v, eps)
-        x = newton_schulz(v, _coefficients(group["coefficients"], (rows, columns)), group["ns_steps"])
+        x = newton_schulz(v, _coefficients(group["coefficients"], (rows, columns)), group["ns_steps"], dtype=group["ns_dtype"])
         size = {"rms": 0.2 * max(rows, columns) ** 0.5, "spectral": max(1, rows / columns) ** 0.5, None: 1.0}[group["scale"]]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, [u.reshape(p.shape) for u, p in zip(x, params)], alpha=-group["lr"] * size)
@@ -173,15 +176,19 @@ class ROOT(Optimizer):
 Muon = partial(ROOT, coefficients="muon", quantile=None)
 
 
-def newton_schulz(x: Tensor, coefficients: Sequence[float] = MUON, steps: int = 5, eps: float = 1e-7) -> Tensor:
+def newton_schulz(
+    x: Tensor, coefficients: Sequence[float] = MUON, steps: int = 5, eps: float = 1e-7, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Approximate polar factor ``U V'`` of matrices (..., rows, columns): ``steps`` times ``X = a X + (b A + c A^2) X`` with ``A = X X'``.
 
-    Computed in float32 at least (bfloat16 on CUDA, as is usual there); singular vectors are kept, singular values go through ``p``.
+    Singular vectors are kept, singular values go through ``p``. ``dtype`` is that of the products: by default float64 for float64,
+    bfloat16 on CUDA, float32 on other devices (bfloat16 is slow on most processors, and fast on those with matrix units for it).
     """
     if x.ndim < 2:
         raise BadInput(f"newton_schulz needs matrices, not shape {tuple(x.shape)}")
     a, b, c = coefficients
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.bfloat16 if x.is_cuda else torch.float32
+    if dtype is None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.bfloat16 if x.is_cuda else torch.float32
     tall = x.shape[-2] > x.shape[-1]
     z = x.mT if tall else x
     shape = z.shape
@@ -314,11 +321,11 @@ def _coefficients(setting: Any, shape: tuple[int, int]) -> Coefficients:
     return tuple(setting)  # type: ignore[return-value]
 
 
-def _quantile(rows: Tensor, q: float, most: int = 1 << 20) -> Tensor:
-    """The q-quantile of each row by selection; of evenly spaced entries where a row is longer than ``most``."""
-    if rows.shape[1] > most:
-        rows = rows[:, :: -(-rows.shape[1] // most)]
-    return rows.kthvalue(1 + int(q * (rows.shape[1] - 1)), dim=1).values
+def _quantile(v: Tensor, q: float, most: int = 1 << 16) -> Tensor:
+    """The q-quantile of ``|v|`` in each row by selection; of evenly spaced entries where a row is longer than ``most``."""
+    if v.shape[1] > most:
+        v = v[:, :: -(-v.shape[1] // most) | 1]  # an odd stride, so that it walks through all columns of a power of two
+    return v.abs().kthvalue(1 + int(q * (v.shape[1] - 1)), dim=1).values
 
 
 def matrix_groups(model: nn.Module, overrides: Mapping[str, str] | None = None) -> list[dict[str, Any]]:

@@ -163,22 +163,29 @@ def saved_bytes(rule, start, train) -> int:
 
 def figure(record: RecordView, fig: Figure) -> None:
     """Accuracy against energy and against time, and what a step keeps in memory."""
+    from matplotlib.ticker import NullFormatter
+
     arms = [a for a in LABELS if a in record.arms]
     colours = dict(zip(LABELS, ("#000000", "#D55E00", "#E69F00", "#999999", "#F0E442", "#0072B2", "#009E73", "#56B4E9")))
+    fig.set_size_inches(11, 4.6)
+    fig.set_layout_engine("constrained")
     energy, time, memory = fig.subplots(1, 3)
-    for ax, metric, scale, unit in ((energy, "joules", 1, "model energy of training (J)"), (time, "seconds_to_stop", 1, "seconds to stop")):
+    for ax, metric, unit in (
+        (energy, "joules", "model energy of training (J)"),
+        (time, "seconds_to_stop", "time until early stopping (s)"),
+    ):
         for a in arms:
-            x, y = record.values(a, metric) * scale, 100 * record.values(a, "accuracy")
+            x, y = record.values(a, metric), 100 * record.values(a, "accuracy")
             ax.errorbar(
-                x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", ms=7, capsize=2,
-                color=colours[a], label=LABELS[a], markeredgecolor="k",
-            )  # fmt: skip
+                x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", ms=7, capsize=2, color=colours[a], mec="k", label=LABELS[a]
+            )
         ax.set(xscale="log", xlabel=unit, ylabel="test accuracy (%)")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
-    energy.legend(fontsize=7, loc="lower right")
     shown = [a for a in arms if record.mean(a, "saved_bytes") > 0]
     memory.barh([LABELS[a] for a in shown], [record.mean(a, "saved_bytes") / 1024 for a in shown], color=[colours[a] for a in shown])
     memory.invert_yaxis()
-    memory.set(xlabel="kept for the backward pass (KiB a batch)")
+    memory.set(xlabel="kept for the backward pass (KiB)")
     memory.tick_params(axis="y", labelsize=7)
-    fig.suptitle("Learning without backpropagation: MNIST 14x14, 8000 images, equal tuning")
+    fig.legend(*energy.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
+    fig.suptitle("Learning without backpropagation: MNIST at 14x14, 8000 images, equal tuning")

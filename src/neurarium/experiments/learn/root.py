@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 SHAPES = ((32, 32), (64, 64), (64, 128), (64, 256), (64, 512), (128, 512), (256, 256))
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 WIDTH, CONTEXT, SEQUENCES = 48, 32, 16
 COLOURS = {"adamw": "#000000", "muon": "#0072B2", "root": "#D55E00", "root_uncut": "#E69F00", "root_muon": "#56B4E9", "classic": "#009E73"}
 LABELS = {
@@ -68,7 +68,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def run(trial: Trial) -> None:
     text = data.text("tiny-shakespeare")
-    steps, short = trial.scale(smoke=(3, 2), laptop=(200, 100))
+    steps, short = trial.scale(smoke=(3, 2), laptop=(200, 80))
     corpus = [Windows(text.encode(part.text), seed=trial.seed) for part in (text.train, text.valid, text.test)]
     train, valid, test = (replace(c, codes=c.codes.to(trial.device)) for c in corpus)
     valid, test = replace(valid, count=trial.scale(smoke=1, laptop=12)), replace(test, count=trial.scale(smoke=1, laptop=25))
@@ -98,7 +98,7 @@ def run(trial: Trial) -> None:
         if arm.name == "classic":
             continue
         for condition, noisy in (("clean", False), ("noisy", True)):
-            rates = RATES[1:3] if trial.name == "smoke" else RATES
+            rates = RATES[:2] if trial.name == "smoke" else RATES
             losses = [evaluate(fit(arm.name, lr, noisy, short)[0], valid)["loss"] for lr in rates]
             lr = rates[int(np.argmin(losses))]
             model, curve = fit(arm.name, lr, noisy, steps)
@@ -231,6 +231,8 @@ def step_seconds(symbols: int, device: torch.device, repeats: int) -> dict[str, 
 
 def figure(record: RecordView, fig: Figure) -> None:
     """Loss curves with clean and noisy gradients, error by shape, cosine by quantile."""
+    fig.set_size_inches(11, 7.5)
+    fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 2)
     for ax, condition in zip(axes[0], ("clean", "noisy")):
         for a in [a for a in OPTIMIZERS if a in record.arms]:
@@ -239,12 +241,13 @@ def figure(record: RecordView, fig: Figure) -> None:
                 x, y = curves[0][0], np.array([c[1] for c in curves])
                 ax.plot(x, y.mean(0), color=COLOURS[a], label=f"{LABELS[a]}: {record.mean(a, f'{condition}_loss'):.3f}")
                 ax.fill_between(x, y.min(0), y.max(0), color=COLOURS[a], alpha=0.15, lw=0)
-        ax.set(title=f"{condition} gradients", xlabel="step", ylabel="training loss (nats a character)")
+        ax.set(title=f"{condition} gradients", xlabel="step", ylabel="training loss (nats)")
         ax.legend(fontsize=7, title="loss on test text", title_fontsize=7)
     error, cosine = axes[1]
     for a in [a for a in ("classic", "muon", "root") if record.has(a, "error")]:
         values = record.values(a, "error")
-        names = [f"{m}x{n}" for m, n in SHAPES] + [f"momentum {i + 1}" for i in range(values.shape[1] - len(SHAPES))]
+        momenta = sorted((m * WIDTH, n * WIDTH) for m, n in ((1, 1), (1, 4), (3, 1), (4, 1)))  # of the transformer
+        names = [f"{m}x{n}" for m, n in SHAPES] + [f"momentum {m}x{n}" for m, n in momenta]
         error.errorbar(range(len(names)), values.mean(0), values.std(0), fmt="o-", capsize=2, color=COLOURS[a], label=LABELS[a])
         error.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
     error.set(yscale="log", ylabel="mean (singular value - 1)^2", title="distance from orthogonality")
@@ -254,6 +257,4 @@ def figure(record: RecordView, fig: Figure) -> None:
             cosine.plot(100 * (1 - np.asarray(x)), y, "o-", color=COLOURS[a], alpha=0.7, label=f"{LABELS[a]}'s coefficients")
     handles = dict(zip(*reversed(cosine.get_legend_handles_labels())))
     cosine.legend(handles.values(), handles.keys(), fontsize=7)
-    cosine.set(
-        xlabel="share of entries cut (%); 0 = Muon", ylabel="cosine to the clean polar factor", title="1 % outliers, 50 times too large"
-    )
+    cosine.set(xlabel="share of entries cut (%); 0 = Muon", ylabel="cosine to clean polar factor", title="1 % outliers, 50 times too large")
