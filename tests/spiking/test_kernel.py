@@ -116,6 +116,7 @@ def test_saves_one_tensor_of_the_inputs_size():
 @pytest.mark.parametrize("reset_mechanism", ["subtract", "zero", "none"])
 def test_equals_snntorch(reset_mechanism):
     snntorch = pytest.importorskip("snntorch")
+    torch.manual_seed(0)
     x = torch.randn(12, 5, 7, dtype=torch.float64).requires_grad_()
     peer = snntorch.Leaky(beta=0.8, threshold=0.9, reset_mechanism=reset_mechanism).double()
     mem, out = torch.zeros(5, 7, dtype=torch.float64), []
@@ -124,7 +125,7 @@ def test_equals_snntorch(reset_mechanism):
         out.append(s)
     theirs = torch.stack(out)
     ours = LIF.like_snntorch(float(peer.beta), float(peer.threshold), reset_mechanism)(x)
-    assert 0.1 < float(ours.detach().mean()) < 0.6
+    assert 0.05 < float(ours.detach().mean()) < 0.6
     assert torch.equal(ours, theirs.double())
     w = torch.randn_like(ours)
     a, b = (torch.autograd.grad((s * w).sum(), x)[0] for s in (ours, theirs))
@@ -137,6 +138,7 @@ def test_equals_snntorch(reset_mechanism):
 def test_equals_spikingjelly(decay_input, detach_reset, v_reset):
     pytest.importorskip("loguru")  # which spikingjelly imports
     neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    torch.manual_seed(0)
     x = (1.5 * torch.randn(12, 5, 7, dtype=torch.float64) + 0.5).requires_grad_()
     options = {"tau": 1.6, "decay_input": decay_input, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     theirs = neuron.LIFNode(**options, step_mode="m")(x)

@@ -155,8 +155,7 @@ def _reset(h: Tensor, s: Tensor, threshold: Any, o: _Options, out: Tensor) -> Te
 def _scan(x: Tensor, v0: Tensor | None, leak: Any, threshold: Any, o: _Options, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass: spikes, the last state, and h of every step (of one, if not to be kept)."""
     leak, threshold = (a.detach() if isinstance(a, Tensor) else a for a in (leak, threshold))
-    spikes = torch.empty_like(x)  # of the input's memory format, so that a channels-last network stays so
-    hs = torch.empty_like(x if keep else x[:1])
+    spikes, hs = _fresh(x, len(x)), _fresh(x, len(x) if keep else 1)
     last = torch.zeros_like(x[0]) if v0 is None else torch.empty_like(x[0]).copy_(v0.detach())
     for rows in _blocks(x, leak, threshold):
         v = last[rows]
@@ -171,6 +170,12 @@ def _scan(x: Tensor, v0: Tensor | None, leak: Any, threshold: Any, o: _Options, 
             _reached(h, threshold, o.strict, out=s)
             _reset(h, s, threshold, o, out=v)
     return spikes, last, hs
+
+
+def _fresh(x: Tensor, steps: int) -> Tensor:
+    """An empty sequence in the memory format of one step of ``x``, so that a channels-last network stays so."""
+    one = torch.empty_like(x[0])
+    return torch.empty_strided((steps, *one.shape), (one.numel(), *one.stride()), dtype=x.dtype, device=x.device)
 
 
 def _blocks(x: Tensor, *settings: Any) -> list[slice]:

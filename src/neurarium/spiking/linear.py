@@ -127,5 +127,9 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, stride, padding = ctx.settings[:3]
+        if kernel == stride and padding == [0, 0] and all(n == m * k for n, m, k in zip(ctx.shape[2:], g.shape[2:], kernel)):
+            share = g * (1 / (ctx.settings[5] or kernel[0] * kernel[1]))  # each cell's error is spread evenly: one pass over fresh memory
+            return F.interpolate(share, size=ctx.shape[2:], mode="nearest"), *[None] * 6
         like = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.memory_format)  # its values are never read
         return torch.ops.aten.avg_pool2d_backward(g, like, *ctx.settings), *[None] * 6

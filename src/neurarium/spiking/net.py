@@ -149,15 +149,15 @@ def _run(
     model: nn.Module, paths: Mapping[nn.Module, str], x_seq: Tensor, state: State, order: str, detach_time: bool
 ) -> tuple[Tensor, State]:
     first, model = split(model, x_seq)
-    if first is not None:
-        x_seq = direct(first(x_seq[0]), len(x_seq))
+    once = None if first is None else first(x_seq[0])
     if order == "layer":
-        run = Pass(paths, len(x_seq), state, detach_time=detach_time)
+        constant = once is not None and len(model) > 0 and isinstance(model[0], Neuron)
+        run = Pass(paths, len(x_seq), state, detach_time=detach_time, constant=constant)
         with run.open():
-            y = model(x_seq.flatten(0, 1))
+            y = model(once if constant else (x_seq if once is None else direct(once, len(x_seq))).flatten(0, 1))
         return y.unflatten(0, (len(x_seq), -1)), state | run.left
     outputs = []
-    for x in x_seq:
+    for x in x_seq if once is None else [once] * len(x_seq):
         run = Pass(paths, 1, {key: v.detach() for key, v in state.items()} if detach_time else state)
         with run.open():
             outputs.append(model(x))
@@ -179,6 +179,9 @@ def split(model: nn.Module, x_seq: Tensor) -> tuple[nn.Module | None, nn.Module]
 def _segments(
     model: nn.Module, paths: Mapping[nn.Module, str], x_seq: Tensor, state: State, order: str, length: int, detach_time: bool
 ) -> tuple[Tensor, State]:
+    first, model = split(model, x_seq)
+    if first is not None:
+        x_seq = direct(first(x_seq[0]), len(x_seq))
     parameters = [p for p in model.parameters() if p.requires_grad]
     outputs = []
     for x in x_seq.split(length):

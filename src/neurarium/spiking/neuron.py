@@ -33,8 +33,11 @@ _current = threading.local()
 class Pass:
     """One run of a network over ``steps`` steps folded into the batch; collects the states that its neurons leave in ``left``."""
 
-    def __init__(self, paths: Mapping[nn.Module, str], steps: int, state: Mapping[str, Tensor], *, detach_time: bool = False) -> None:
+    def __init__(
+        self, paths: Mapping[nn.Module, str], steps: int, state: Mapping[str, Tensor], *, detach_time: bool = False, constant: bool = False
+    ) -> None:
         self.paths, self.steps, self.state, self.detach_time = paths, steps, state, detach_time
+        self.constant = constant  # the first neuron gets one step's input, (batch, ...), that stands for all
         self.left: State = {}
         self._calls: Counter[str] = Counter()
 
@@ -60,12 +63,15 @@ class Pass:
         calls = self._calls[path]
         self._calls[path] += 1
         key = f"{path}#{calls}" if calls else path  # a neuron used twice in one step is two populations
-        if x.dim() < 1 or x.shape[0] % self.steps:
+        if self.constant:
+            x, self.constant = x.expand(self.steps, *x.shape), False
+        elif x.dim() < 1 or x.shape[0] % self.steps:
             raise UnsupportedModel(
                 f"got {tuple(x.shape)}, whose first dimension is not {self.steps} steps x batch: the layers before must keep it first",
                 module=path,
             )
-        x = x.unflatten(0, (self.steps, -1))
+        else:
+            x = x.unflatten(0, (self.steps, -1))
         state = self.state.get(key)
         if state is not None and state.shape != x.shape[1:]:
             raise BadInput(f"the state {key!r} has shape {tuple(state.shape)}, this input needs {tuple(x.shape[1:])}")

@@ -132,7 +132,7 @@ def _compare(exact: BPTT, rule: BPTT | SLTT, net: OverTime, x: Tensor, y: Tensor
 def figure(record: RecordView, fig: Figure) -> None:
     """Bytes against steps; gradient cosines by layer and leak; time and accuracy of every rule."""
     fig.set_size_inches(13, 4.2)
-    memory, cosine, cost = fig.subplots(1, 3)
+    memory, angle, cost = fig.subplots(1, 3)
     colors = dict(zip(LABELS, ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#999999")))
 
     for name in ("bptt", "bptt_checkpoint", "sltt"):
@@ -140,23 +140,23 @@ def figure(record: RecordView, fig: Figure) -> None:
         memory.plot(MEMORY_STEPS[: peaks.shape[1]], peaks.mean(0), "o-", color=colors[name], label=LABELS[name])
     memory.set(xscale="log", yscale="log", xlabel="steps T", ylabel="peak saved for backward (MiB)", title="Memory of one batch of 64")
     memory.set_xticks(MEMORY_STEPS, [str(t) for t in MEMORY_STEPS])
+    memory.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
     memory.minorticks_off()
     memory.grid(alpha=0.3)
     memory.legend()
 
     for (key, leak), style in zip(LEAKS.items(), ("-", "--", ":")):
         for when, color in {"init": "#999999", "trained": colors["sltt"]}.items():
-            values = record.values("sltt", f"cosine_{when}_{key}")
-            layers = np.arange(1, values.shape[1] + 1)
-            cosine.errorbar(
-                layers, values.mean(0), values.std(0), fmt="o" + style, color=color, capsize=3, label=f"leak {leak:.2g}, {when}"
-            )  # fmt: skip
-    wrong = record.values("random", "cosine_trained_009")
-    cosine.plot(np.arange(1, wrong.shape[1] + 1), wrong.mean(0), "kx-", alpha=0.5, label="random paths, leak 0.09")
-    cosine.set(xlabel="layer, from the input", ylabel="cosine with BPTT's gradient", title="Direction of the gradient", ylim=(None, 1.03))
-    cosine.set_xticks(layers)
-    cosine.grid(alpha=0.3)
-    cosine.legend(fontsize=7)
+            angles = _degrees(record.values("sltt", f"cosine_{when}_{key}"))
+            layers = np.arange(1, angles.shape[1] + 1)
+            label = f"SLTT, leak {leak:.2g}, {'before training' if when == 'init' else 'trained'}"
+            angle.errorbar(layers, angles.mean(0), angles.std(0), fmt="o" + style, color=color, capsize=3, label=label)
+    wrong = _degrees(record.values("random", "cosine_trained_009"))
+    angle.errorbar(layers, wrong.mean(0), wrong.std(0), fmt="kx-", capsize=3, alpha=0.5, label="random paths, leak 0.09, trained")
+    angle.set(xlabel="layer, from the input", ylabel="angle to BPTT's gradient (degrees)", title="Direction of the gradient", ylim=(0, 95))
+    angle.set_xticks(layers)
+    angle.grid(alpha=0.3)
+    angle.legend(fontsize=7)
 
     for name in LABELS:
         seconds, accuracy = 1e3 * record.values(name, "fit_seconds") / record.values(name, "steps"), 100 * record.values(name, "accuracy")
@@ -166,3 +166,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     cost.set(xlabel="ms a training step", ylabel="test accuracy (%)", title=f"Cost and result, T = {STEPS}", xlim=(0, None))
     cost.grid(alpha=0.3)
     cost.legend(fontsize=7, loc="lower right")
+
+
+def _degrees(cosines: np.ndarray) -> np.ndarray:
+    return np.degrees(np.arccos(np.clip(cosines, -1, 1)))
