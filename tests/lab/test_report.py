@@ -31,7 +31,7 @@ def text(record, paper, width=160):
 def test_text_tells_evidence_claim_both_figures_and_verdict(record, toy):
     shown = text(record, toy)
     assert shown.index("Evidence: generated data. made by hand") < shown.index("the method halves the value")
-    for part in ("50 %", "0.5027 [0.4022, 0.6032]", "held", "fails, as it must", "3 seeds", "a processor", "2025-01-31"):
+    for part in ("50 %", "0.5027 [0.4022, 0.6032]", "held", "fails", "3 seeds", "a processor", "2025-01-31"):
         assert part in shown
 
 
@@ -39,6 +39,13 @@ def test_a_smoke_run_is_shown_as_not_judged(toy, make_record):
     shown = text(make_record({"base": {"value": [1.0]}, "method": {"value": [0.5]}}, scale="smoke"), toy)
     assert "not judged" in shown
     assert "only shows that the experiment runs through" in shown
+
+
+def test_a_reason_that_several_claims_share_is_told_once(toy, make_record):
+    paper = dataclasses.replace(toy, claims=toy.claims * 3)
+    shown = text(make_record({"base": {"value": [1.0]}, "method": {"value": [0.5]}}, scale="smoke"), paper)
+    assert shown.count("smoke scale only shows") == 1
+    assert "3 claims: smoke scale" in shown
 
 
 def test_noise_and_crashes_are_told(toy, make_record):
@@ -96,6 +103,14 @@ def test_an_experiment_without_a_figure_gets_a_plain_one(record, toy, code):
     source = code / f"{toy.experiment}.py"
     source.write_text(source.read_text().partition("def figure")[0])
     assert render(record, toy).startswith(b"\x89PNG")
+
+
+def test_a_figure_that_lays_itself_out_is_laid_out_by_the_lab(record, toy, code, recwarn):
+    source = code / f"{toy.experiment}.py"
+    own = "axis = fig.subplots(); fig.colorbar(axis.imshow([[1.0, 2.0]])); fig.tight_layout()"
+    source.write_text(source.read_text().replace("axis = fig.subplots()", own))
+    assert render(record, toy).startswith(b"\x89PNG")
+    assert not [w for w in recwarn if "layout" in str(w.message)]
 
 
 def test_a_figure_that_fails_does_not_cost_the_page(record, toy, code):

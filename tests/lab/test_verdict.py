@@ -133,6 +133,17 @@ def test_a_reason_of_the_catalog_is_told_where_a_claim_does_not_hold(make_record
     assert "too small" not in verdict_of(make_record, (0.1, 0.1, 0.1), reason="the network is too small").reason
 
 
+def test_shorter_lists_of_a_smoke_run_are_no_mistake(make_record):
+    arms = {"method": {"many": [[1.0, 2.0]] * 3}}
+    found = judge_claim(claim("method.many[3]"), make_record(arms, scale="smoke"), {})
+    assert found.verdict == "not judged"
+    assert "has 2 numbers and no [3]" in found.reason
+    with pytest.raises(BadInput, match=r"no \[3\]"):
+        judge_claim(claim("method.many[3]"), make_record(arms), {})
+    with pytest.raises(BadInput, match="no metric 'mayn'"):
+        judge_claim(claim("method.mayn[3]"), make_record(arms, scale="smoke"), {})
+
+
 @pytest.mark.parametrize(
     ("measure", "why"),
     [("methd.value", "no arm 'methd'.*there are base, method"), ("method.valeu", "no metric 'valeu'; it logged value, seconds")],

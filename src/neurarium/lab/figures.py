@@ -1,6 +1,7 @@
 """Figures, drawn from a record alone: whoever has the record redraws them without running anything.
 
-An experiment module may bring ``figure(record, fig)``, given a :class:`~neurarium.lab.view.RecordView` and an empty matplotlib figure.
+An experiment module may bring ``figure(record, fig)``, given a :class:`~neurarium.lab.view.RecordView` and an empty matplotlib figure,
+which the lab lays out ("constrained"; ``fig.tight_layout()`` does nothing) and saves.
 Without one, a paper's figure shows each claim's measure against its bound, a comparison's shows its two measures against each other.
 """
 
@@ -55,6 +56,7 @@ def render(record: Record, paper: Subject, kind: str = "png", *, default: bool =
     style: Any = {"axes.prop_cycle": cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "0"}
     with rc_context(style):
         fig = Figure(figsize=(8, 4.5), layout="constrained")
+        fig.tight_layout = fig.set_layout_engine = lambda *args, **options: None  # type: ignore[method-assign]
         _drawing(paper, default)(RecordView(record), fig)
         buffer = io.BytesIO()
         fig.savefig(buffer, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)

@@ -64,7 +64,8 @@ def report(record: Record, paper: Subject) -> Report:
         f"seed {seed}, {f'arm {arm}' if arm else 'outside its arms'} crashed: {error.splitlines()[-1]}"
         for seed, arm, error in record.crashes
     ]
-    reasons = [f"{v.says}: {v.reason}" for v in verdicts if v.reason]
+    claims_of = {v.reason: [w.says for w in verdicts if w.reason == v.reason] for v in verdicts if v.reason}
+    reasons = [f"{says[0] if len(says) == 1 else f'{len(says)} claims'}: {reason}" for reason, says in claims_of.items()]
     noise = [f"{v.says}: within noise, the interval straddles the bound {v.holds}" for v in verdicts if v.within_noise]
     return Report(
         title,
@@ -86,9 +87,9 @@ def as_text(record: Record, paper: Subject) -> Any:
     from rich.text import Text
 
     said = report(record, paper)
-    table = RichTable(show_lines=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+    table = RichTable(show_lines=False, pad_edge=False, box=None, padding=(0, 2, 0, 0), expand=True)
     for i, name in enumerate(said.table.head):
-        table.add_column(Text(name), overflow="fold", ratio=3 if i == 0 else 2 if i == 1 and said.verdicts else None)
+        table.add_column(Text(name), overflow="fold", ratio=(4, 3, 2, None, None, None)[i] if said.verdicts else None)
     for i, row in enumerate(said.table.rows):
         style = _COLOURS.get(said.verdicts[i].verdict, "") if said.verdicts else ""
         table.add_row(*(Text(cell, style=style if said.verdicts and j == 4 else "") for j, cell in enumerate(row)))
@@ -155,7 +156,7 @@ def _claims(verdicts: tuple[Verdict, ...]) -> Table:
     rows = []
     for v in verdicts:
         ends = f" [{number(v.interval[0])}, {number(v.interval[1])}]" if v.interval else ""
-        null = {True: "fails, as it must", False: "holds: parity", None: "-"}[v.null_fails]
+        null = {True: "fails", False: "holds (parity)", None: "-"}[v.null_fails]
         rows.append((v.says, v.reported, f"{number(v.measured)}{ends}", str(v.n), v.verdict, null))
     return Table(("claim", "the paper", "here [95 %]", "seeds", "verdict", "null check"), tuple(rows))
 

@@ -1,0 +1,120 @@
+"""Causal weights: their closed form, their limits, and the gradient that they must not carry."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from neurarium.errors import BadInput
+from neurarium.physics import PINN, Causal, CausalPINN, Slices, allen_cahn, lorenz
+from neurarium.physics.pinn import _Training
+from neurarium.physics.solution import Solution
+
+SMALL = {"width": 6, "depth": 2, "modes": 2}
+
+
+def test_weights_are_the_exponential_of_the_earlier_losses() -> None:
+    losses = torch.tensor([0.5, 0.25, 3.0, 0.1], dtype=torch.float64, requires_grad=True)
+    w = Causal(chunks=4).slice_weights(losses, 2.0)
+    assert w.tolist() == pytest.approx([math.exp(-2 * s) for s in (0, 0.5, 0.75, 3.75)])
+    assert not w.requires_grad
+    with_start = Causal(chunks=4).slice_weights(losses, 2.0, initial=torch.tensor(0.1))
+    torch.testing.assert_close(with_start, w * math.exp(-0.2))
+
+
+def test_weights_keep_small_early_sums_beside_huge_late_losses() -> None:
+    losses = torch.tensor([1e-9, 1e9, 1.0], dtype=torch.float64)
+    w = Causal(chunks=3).slice_weights(losses, 1.0)
+    assert w[0] == 1
+    assert 1 - w[1].item() == pytest.approx(1e-9, rel=1e-6)
+    assert w[2] == 0
+
+
+def test_the_gradient_with_respect_to_a_slice_loss_is_its_weight() -> None:
+    schedule = Causal(eps=(3.0,), chunks=4).begin(10)
+    squares = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    w, slices = schedule.weights(squares, 0.0, schedule.strength(squares))
+    (g,) = torch.autograd.grad((w * squares).mean(), squares)
+    torch.testing.assert_close(g, slices.repeat_interleave(2) / 8)  # dL_i/dsquare = 1/2, so d loss/dL_i = w_i / 4
+
+
+@pytest.mark.parametrize("optimizer", ["lm", partial(torch.optim.Adam, lr=1e-3)])
+def test_eps_zero_is_the_plain_solver_bit_for_bit(optimizer) -> None:
+    common = {**SMALL, "optimizer": optimizer, "sampler": Slices(8, 8)}
+    plain = PINN(**common).solve(allen_cahn(), steps=6)
+    causal = CausalPINN(causal=Causal(eps=(0.0,), chunks=8), **common).solve(allen_cahn(), steps=6)
+    assert causal.history["min_weight"] == [1.0] * 6
+    assert causal.history["loss"] == plain.history["loss"]
+    for a, b in zip(plain.pieces[0].parameters(), causal.pieces[0].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_least_squares_and_the_loss_weigh_alike() -> None:
+    causal = Causal(eps=(5.0,), chunks=8)
+    first = [
+        CausalPINN(causal=causal, optimizer=o, dtype=torch.float64, **SMALL).solve(allen_cahn(), steps=1).history for o in ("lm", "adam")
+    ]
+    assert first[0]["loss"][0] == pytest.approx(first[1]["loss"][0], rel=1e-12)
+    assert first[0]["min_weight"][0] == pytest.approx(first[1]["min_weight"][0], rel=1e-9)
+
+
+def test_soft_initial_data_are_the_first_slice() -> None:
+    from dataclasses import replace
+
+    soft = replace(allen_cahn(), hard=False)
+    solver = CausalPINN(causal=Causal(eps=(1.0,), chunks=8), optimizer="adam", dtype=torch.float64, **SMALL)
+    training = _Training(solver, Solution(soft, [solver.build(soft)], {}, {}), 0, 0)
+    points = training.draw()
+    schedule = solver.weights.begin(1)
+    loss, slices = training.loss(points, schedule, schedule.strength(points[0]))
+    (start,) = training.model.residual(training.parts[1][0], points[1], training.wanted[1])
+    (r,) = training.model.residual(soft.residual, points[0], training.wanted[0])
+    start, L = 100 * (start**2).mean(), (r**2).view(8, -1).mean(1)
+    assert slices[0].item() == pytest.approx(math.exp(-start.item()))
+    assert slices[2].item() == pytest.approx(math.exp(-(start + L[0] + L[1]).item()))
+    assert loss.item() == pytest.approx((start + (slices * L).mean()).item())
+
+
+def test_points_come_in_order_of_time_from_any_sampler() -> None:
+    solver = CausalPINN(causal=Causal(chunks=4), sampler=lambda d, g, dtype: d.points(torch.rand(16, 2, generator=g, dtype=dtype)), **SMALL)
+    training = _Training(solver, Solution(allen_cahn(), [solver.build(allen_cahn())], {}, {}), 0, 0)
+    t = training.draw()[0][:, 1]
+    assert (t.diff() >= 0).all()
+    slices = Slices(5, 3)(allen_cahn().domain, torch.Generator().manual_seed(0), torch.float64)
+    assert slices.shape == (15, 2)
+    assert (slices[:, 1].view(5, 3).std(1) == 0).all()
+    assert ((slices[::3, 1] * 5).floor() == torch.arange(5)).all()
+
+
+def test_annealing_takes_the_next_eps_when_solved_or_out_of_patience_and_ends_when_converged() -> None:
+    schedule = Causal(eps=(1.0, 2.0, 4.0), delta=0.9, chunks=2).begin(30)
+    assert (schedule.eps, schedule.patience) == (1.0, 10)
+    schedule.update(torch.tensor([1.0, 0.95]))
+    assert (schedule.eps, schedule.converged) == (2.0, False)
+    for _ in range(10):
+        assert schedule.eps == 2.0
+        schedule.update(torch.tensor([1.0, 0.1]))
+    assert schedule.eps == 4.0
+    schedule.update(torch.tensor([1.0, 0.85]))
+    assert not schedule.converged
+    schedule.update(torch.tensor([1.0, 0.95]))
+    assert schedule.converged
+
+
+def test_it_solves_lorenz_over_a_window() -> None:
+    causal = Causal(eps=(1e-2, 1e-1, 1.0), delta=0.95, chunks=16, patience=1000)
+    solution = CausalPINN(causal=causal, width=12, depth=2, sampler=Slices(16, 8)).solve(lorenz(horizon=0.3), steps=100, seed=0)
+    assert max(solution.error().values()) < 1e-2
+    assert solution.history["min_weight"][-1] > 0.95
+    assert len(solution.history["step"]) < 100  # it stopped by itself
+
+
+def test_refusals() -> None:
+    with pytest.raises(BadInput, match="multiple"):
+        CausalPINN(causal=Causal(chunks=7), sampler=Slices(4, 4), **SMALL).solve(allen_cahn(), steps=1)
+    for bad in ({"eps": ()}, {"eps": (-1.0,)}, {"delta": 1.0}, {"chunks": 0}):
+        with pytest.raises(BadInput):
+            Causal(**bad)
