@@ -208,11 +208,12 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
         colour, mark = (ours, "o") if arm.startswith("ph") else (real, "s") if arm.startswith("real") else (fixed, "^")
         spread = float(np.nanstd(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0
         axis.errorbar(*centre[arm], yerr=spread, fmt=mark, color=colour, capsize=3, markersize=8)
-        axis.annotate(names[arm], centre[arm], xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour)
+        place = {"xytext": (-7, 3), "ha": "right"} if colour == fixed else {"xytext": (7, 5)}
+        axis.annotate(names[arm], centre[arm], textcoords="offset points", fontsize=8, color=colour, **place)
     for a, b in (("real_narrow", "ph4"), ("real", "ph4_wide")):
         axis.annotate("", centre[b], centre[a], arrowprops={"arrowstyle": "->", "color": ours, "alpha": 0.6, "shrinkA": 6, "shrinkB": 6})
     axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)", title="What a parameter buys (arrows: equal parameters)")
-    axis.margins(0.16, 0.12)
+    axis.margins(0.22, 0.12)
 
     axis = fig.add_subplot(grid[0, 1])
     labels = {"recover_real": "real (576)", "recover_ph2": "n = 2 (296)", "recover_ph4": "n = 4 (208)", "recover_grouped": "grouped (144)"}
@@ -233,4 +234,3 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
         axis.set(xticks=[(i + 0.5) * n - 0.5 for i in range(n)], xticklabels=[f"$A_{i + 1}$" for i in range(n)], yticks=[])
         axis.set_title(f"Learned algebra of the last convolution, n = {n}", fontsize=9)
         fig.colorbar(image, ax=axis, fraction=0.025)
-    fig.tight_layout()
