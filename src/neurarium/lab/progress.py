@@ -98,7 +98,11 @@ class Progress:
             done = total if len(line.ended) == len(line.seeds) else len(line.seconds)
             running = ", ".join(f"seed {seed} {arm} {now - since:.0f} s" for seed, (arm, since) in sorted(line.running.items()))
             table.add_row(
-                Text(key), ProgressBar(total, done, width=20), Text(f"{done}/{total}"), Text(running), Text(self._left(line, now))
+                Text(key),
+                ProgressBar(total, done, width=20),
+                Text(f"{done}/{total}" if line.arms else ""),
+                Text(running),
+                Text(self._left(line, now)),
             )
         waiting = sum(len(line.ended) < len(line.seeds) and not line.running for _, line in self._lines.items())
         if len(self._lines) > 1:
