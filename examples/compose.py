@@ -12,13 +12,14 @@ import sys
 from functools import partial
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from neurarium import data, meter
 from neurarium.compress import chita, finalise
-from neurarium.dynamic import JEIDNN, fit_policy, staged
+from neurarium.dynamic import JEIDNN, fit_policy, with_exits
 from neurarium.learn import ROOT, Backprop, MonoForward
 from neurarium.nn import dense, hypercomplex, replace_layers
 from neurarium.trust.explain import class_activation
@@ -32,13 +33,13 @@ def small_cnn() -> nn.Sequential:
 
 
 def main(smoke: bool = False) -> None:
-    console = Console()
+    console = Console(width=100)
     torch.manual_seed(0)
     epochs = 1 if smoke else 15
     task = data.images("digits", train=1200, seed=0)
     train, test, image = task.train.batches(64, seed=0), task.test, task.test.x[:1]
     tune = Backprop(optimizer=partial(ROOT, lr=5e-3, weight_decay=0.0))
-    table = Table("step", "paper", "accuracy", "weights", "not zero", "kFLOPs", "ms/256", title="One network, six papers")
+    table = Table("step", "paper", "accuracy", "weights", "not zero", "kFLOPs", "ms/256", box=box.SIMPLE)
 
     def row(step: str, paper: str, model: nn.Module, flops: float | None = None) -> nn.Module:
         """Measures a model, all with the same meters, and shows the table so far."""
@@ -73,7 +74,7 @@ def main(smoke: bool = False) -> None:
     row("pruned", "chita", model)
 
     # 5. Early exits whose gates and classifiers learn together (jei-dnn). Then: what does half the compute cost in accuracy?
-    policy = JEIDNN(staged(model, task.train.x[:8], cuts=2), tradeoff=0.5, warmup_epochs=epochs // 5 + 1, alternate=20)
+    policy = JEIDNN(with_exits(model, task.train.x[:8], cuts=2), tradeoff=0.5, warmup_epochs=epochs // 5 + 1, alternate=20)
     fit_policy(policy, train, epochs=2 * epochs, seed=0)
     policy.calibrate(task.train.batches(256, shuffle=False))
     policy.eval()

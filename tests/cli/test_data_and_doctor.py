@@ -80,12 +80,8 @@ def test_doctor_survives_a_check_that_fails(monkeypatch: pytest.MonkeyPatch):
     assert [(finding.name, finding.says) for finding in broken] == [("catalog", "ImportError: libtorch.so: cannot open shared object file")]
 
 
-def test_demo_calls_the_composition(neurarium, monkeypatch: pytest.MonkeyPatch):
+def test_demo_runs_the_example(neurarium, monkeypatch: pytest.MonkeyPatch):
     asked: list[tuple[str, bool]] = []
-
-    def resolve(reference: str):
-        return lambda *, smoke: asked.append((reference, smoke))
-
-    monkeypatch.setattr(catalog, "resolve", resolve)
+    monkeypatch.setattr("runpy.run_path", lambda path: {"main": lambda *, smoke: asked.append((Path(path).name, smoke))})
     assert neurarium("demo")[0] == neurarium("demo", "--smoke")[0] == 0
-    assert asked == [("neurarium.experiments.compose:main", False), ("neurarium.experiments.compose:main", True)]
+    assert asked == [("compose.py", False), ("compose.py", True)]

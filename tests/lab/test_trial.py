@@ -143,7 +143,7 @@ def test_names_of_arms_are_identifiers_each_once(names):
 
 def test_loops_over_arms_cannot_be_nested():
     trial = Trial()
-    with pytest.raises(BadInput, match="nested"):  # noqa: PT012
+    with pytest.raises(BadInput, match="nested"):
         for _ in trial.arms("a"):
             for _ in trial.arms("b"):
                 pass

@@ -184,6 +184,30 @@ def test_early_stopping_counts_epochs_since_the_best():
     assert EarlyStopping(patience=1, sign=-1)(progress([3.0, 2.0]))
 
 
+@pytest.mark.parametrize("epochs", [9, 30])
+def test_early_stopping_ends_with_the_weights_of_the_best_epoch(epochs):
+    data, val = TensorDataset(X[:96], Y[:96]), [(X[900:], Y[900:])]
+
+    def run(model, epochs, restore, resume=None):
+        stop = EarlyStopping(3, restore=restore)
+        learner = Backprop(optimizer=partial(torch.optim.AdamW, lr=3e-2))
+        return learner.fit(model, DataLoader(data, 32, shuffle=True), epochs=epochs, val=val, callbacks=[stop], resume=resume)
+
+    model, last = net(), net()
+    history = run(model, epochs, True)
+    losses = [e["loss"] for e in history.val]
+    assert evaluate(model, val)["loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert run(last, epochs, False).val == history.val
+    assert evaluate(last, val)["loss"] == pytest.approx(losses[-1], rel=1e-6)
+    broken = net()
+    half = run(broken, 4, True)
+    assert run(broken, epochs, True, half.state).val == history.val
+    assert same(broken, model)
+    again = run(broken, 99 if len(losses) < epochs else epochs, True, history.state)  # it had stopped: nothing is added
+    assert again.val == history.val
+    assert same(broken, model)
+
+
 def test_loads_own_pt_without_running_code(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
     assert torch.equal(load_checkpoint(tmp_path / "w.pt")["w"], torch.ones(2))

@@ -16,29 +16,40 @@ from neurarium.physics.solution import Solution
 SMALL = {"width": 6, "depth": 2, "modes": 2}
 
 
+def weights(losses: torch.Tensor, eps: float, initial: torch.Tensor | float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    schedule = Causal(eps=(eps,), chunks=len(losses)).begin(1)
+    return schedule.weights(losses, initial, schedule.strength(losses))
+
+
 def test_weights_are_the_exponential_of_the_earlier_losses() -> None:
     losses = torch.tensor([0.5, 0.25, 3.0, 0.1], dtype=torch.float64, requires_grad=True)
-    w = Causal(chunks=4).slice_weights(losses, 2.0)
+    w, sums = weights(losses, 2.0)
+    assert sums.tolist() == [0, 0.5, 0.75, 3.75]
     assert w.tolist() == pytest.approx([math.exp(-2 * s) for s in (0, 0.5, 0.75, 3.75)])
     assert not w.requires_grad
-    with_start = Causal(chunks=4).slice_weights(losses, 2.0, initial=torch.tensor(0.1))
-    torch.testing.assert_close(with_start, w * math.exp(-0.2))
+    torch.testing.assert_close(weights(losses, 2.0, torch.tensor(0.1))[0], w * math.exp(-0.2))
 
 
 def test_weights_keep_small_early_sums_beside_huge_late_losses() -> None:
-    losses = torch.tensor([1e-9, 1e9, 1.0], dtype=torch.float64)
-    w = Causal(chunks=3).slice_weights(losses, 1.0)
+    w, _ = weights(torch.tensor([1e-9, 1e9, 1.0], dtype=torch.float64), 1.0)
     assert w[0] == 1
     assert 1 - w[1].item() == pytest.approx(1e-9, rel=1e-6)
     assert w[2] == 0
 
 
+def test_the_smallest_weight_is_reported_below_single_precision() -> None:
+    schedule = Causal(eps=(100.0,), chunks=2).begin(1)
+    _, sums = schedule.weights(torch.tensor([2.0, 1.0]), 0.0, schedule.strength(torch.zeros(1)))
+    schedule.update(sums)
+    assert schedule.min_weight == pytest.approx(math.exp(-200))
+
+
 def test_the_gradient_with_respect_to_a_slice_loss_is_its_weight() -> None:
     schedule = Causal(eps=(3.0,), chunks=4).begin(10)
     squares = torch.rand(8, dtype=torch.float64, requires_grad=True)
-    w, slices = schedule.weights(squares, 0.0, schedule.strength(squares))
+    w, sums = schedule.weights(squares, 0.0, schedule.strength(squares))
     (g,) = torch.autograd.grad((w * squares).mean(), squares)
-    torch.testing.assert_close(g, slices.repeat_interleave(2) / 8)  # dL_i/dsquare = 1/2, so d loss/dL_i = w_i / 4
+    torch.testing.assert_close(g, torch.exp(-3 * sums).repeat_interleave(2) / 8)  # dL_i/dsquare = 1/2, so d loss/dL_i = w_i / 4
 
 
 @pytest.mark.parametrize("optimizer", ["lm", partial(torch.optim.Adam, lr=1e-3)])
@@ -69,13 +80,13 @@ def test_soft_initial_data_are_the_first_slice() -> None:
     training = _Training(solver, Solution(soft, [solver.build(soft)], {}, {}), 0, 0)
     points = training.draw()
     schedule = solver.weights.begin(1)
-    loss, slices = training.loss(points, schedule, schedule.strength(points[0]))
+    loss, sums = training.loss(points, schedule, schedule.strength(points[0]))
     (start,) = training.model.residual(training.parts[1][0], points[1], training.wanted[1])
     (r,) = training.model.residual(soft.residual, points[0], training.wanted[0])
     start, L = 100 * (start**2).mean(), (r**2).view(8, -1).mean(1)
-    assert slices[0].item() == pytest.approx(math.exp(-start.item()))
-    assert slices[2].item() == pytest.approx(math.exp(-(start + L[0] + L[1]).item()))
-    assert loss.item() == pytest.approx((start + (slices * L).mean()).item())
+    assert sums[0].item() == pytest.approx(start.item())
+    assert sums[2].item() == pytest.approx((start + L[0] + L[1]).item())
+    assert loss.item() == pytest.approx((start + (torch.exp(-sums) * L).mean()).item())
 
 
 def test_points_come_in_order_of_time_from_any_sampler() -> None:
@@ -92,15 +103,19 @@ def test_points_come_in_order_of_time_from_any_sampler() -> None:
 def test_annealing_takes_the_next_eps_when_solved_or_out_of_patience_and_ends_when_converged() -> None:
     schedule = Causal(eps=(1.0, 2.0, 4.0), delta=0.9, chunks=2).begin(30)
     assert (schedule.eps, schedule.patience) == (1.0, 10)
-    schedule.update(torch.tensor([1.0, 0.95]))
+
+    def solved(weight: float) -> torch.Tensor:
+        return torch.tensor([0.0, -math.log(weight) / schedule.eps])
+
+    schedule.update(solved(0.95))
     assert (schedule.eps, schedule.converged) == (2.0, False)
     for _ in range(10):
         assert schedule.eps == 2.0
-        schedule.update(torch.tensor([1.0, 0.1]))
+        schedule.update(solved(0.1))
     assert schedule.eps == 4.0
-    schedule.update(torch.tensor([1.0, 0.85]))
+    schedule.update(solved(0.85))
     assert not schedule.converged
-    schedule.update(torch.tensor([1.0, 0.95]))
+    schedule.update(solved(0.95))
     assert schedule.converged
 
 

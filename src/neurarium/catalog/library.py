@@ -71,7 +71,12 @@ class Catalog:
 
     def search(self, query: str, *, limit: int = 20) -> list[tuple[Paper, float]]:
         """The papers that match some word of the query, best first, each with its score. See :mod:`neurarium.catalog.search`."""
-        return [(self.papers[i], score) for i, score in self._index.search(query, limit=limit)]
+        found = [(self.papers[i], score) for i, score in self._index.search(query, limit=limit)]
+        named = self._by_id.get(query.strip())
+        if named is None:
+            return found
+        best = found[0][1] if found else 0.0  # an id names its paper, wherever else its words occur
+        return [(named, best), *(pair for pair in found if pair[0] is not named)][:limit]
 
     @cached_property
     def _index(self) -> Index:

@@ -8,7 +8,7 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 from neurarium.dynamic.backbones import BackboneS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.cost import CostTable
-from neurarium.dynamic.exits import EarlyExit, ExitChain, staged
+from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
@@ -32,5 +32,5 @@ __all__ = [
     "Staged",
     "fit_policy",
     "measure",
-    "staged",
+    "with_exits",
 ]

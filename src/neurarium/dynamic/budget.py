@@ -11,6 +11,7 @@ repairs the places where that recipe alone is not monotone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,18 @@ def calibrate(scores: Tensor, correct: Tensor, *, grid: int = 64) -> Curve:
 
 
 def _quantiles(scores: Tensor, shares: Tensor) -> Tensor:
-    """Thresholds that let the asked share of all rows leave at each stage, as far as rows are left."""
-    left, tau = scores, torch.full((len(shares),), float("inf"), dtype=scores.dtype)
+    """Thresholds that let the asked shares of all rows leave, at least one row at each exit that still has any.
+
+    A threshold lies halfway to the next smaller score: on a calibration row's own score, rounding would decide. It is -inf where all that
+    are left leave, so that an exit that few rows reach does not, by the running maximum, close for the larger q.
+    """
+    left, tau = scores, torch.full((len(shares),), float("-inf"), dtype=scores.dtype)
     for k in range(scores.shape[1]):
-        leave = min(round(float(shares[k]) * len(scores)), len(left))
-        if leave:
-            tau[k] = left[:, k].topk(leave).values[-1]
-            left = left[left[:, k] < tau[k]]
+        if not len(left):
+            break
+        leave = math.ceil(len(left) * float(shares[k] / shares[k:].sum()))
+        edge = left[:, k].topk(leave).values[-1]
+        left = left[left[:, k] < edge]
+        if len(left):
+            tau[k] = (edge + left[:, k].max()) / 2
     return tau

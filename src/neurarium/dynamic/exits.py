@@ -26,9 +26,10 @@ from neurarium.dynamic.outcome import Mode, Outcome, Policy, Segment, Staged
 from neurarium.dynamic.staged import dense, pick, run, step
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import as_chain
+from neurarium.learn.fit import to
 from neurarium.roles import Loader
 
-__all__ = ["EarlyExit", "ExitChain", "freeze_backbone", "head", "staged"]
+__all__ = ["EarlyExit", "ExitChain", "freeze_backbone", "head", "with_exits"]
 
 
 class ExitChain(nn.Module):
@@ -75,7 +76,7 @@ def head(feature: Tensor, classes: int) -> nn.Module:
     raise BadInput(f"no standard head for features of shape {tuple(feature.shape)}: pass head=")
 
 
-def staged(
+def with_exits(
     model: nn.Module, example: Tensor, *, cuts: int | Sequence[str] = 3, head: Callable[[Tensor, int], nn.Module] = head
 ) -> ExitChain:
     """A copy of ``model`` with exits; the last readout is the model's own output.
@@ -143,7 +144,7 @@ def freeze_backbone(staged: Any) -> list[nn.Parameter]:
     heads = getattr(staged, "heads", None)
     name = type(staged).__name__
     if not isinstance(heads, nn.ModuleList) or len(heads) != staged.n_stages:
-        raise UnsupportedModel("needs `heads`, an nn.ModuleList with one classifier a stage; dynamic.exits.staged makes them", module=name)
+        raise UnsupportedModel("needs `heads`, an nn.ModuleList with one classifier a stage; with_exits makes them", module=name)
     staged.requires_grad_(False)
     early = heads[:-1].requires_grad_(True)
     if not list(early.parameters()):
@@ -168,7 +169,7 @@ class EarlyExit(Policy):
         super().__init__()
         if not isinstance(staged, nn.Module) or not isinstance(staged, Staged):
             raise UnsupportedModel(
-                "has no n_stages, start and stage: neurarium.dynamic.exits.staged(model, example) adds them", module=type(staged).__name__
+                "has no n_stages, start and stage: with_exits(model, example) adds them", module=type(staged).__name__
             )
         self.staged = staged
         self.gate = MaxProb() if gate is None else gate
@@ -228,9 +229,9 @@ class EarlyExit(Policy):
         scores, correct = [], []
         with evaluating(self):
             for x, y in loader:
-                readouts, s = dense(self.staged, self.gate, x)
+                readouts, s = dense(self.staged, self.gate, to(x, self.tau.device))
                 scores.append(s)
-                correct.append(readouts.argmax(-1) == y[:, None])
+                correct.append(readouts.argmax(-1) == y[:, None].to(readouts.device))
         if not scores:
             raise BadInput("the loader yielded no samples to calibrate on")
         self.curve = calibrate(torch.cat(scores), torch.cat(correct), grid=grid)

@@ -29,7 +29,7 @@ softmax an exit at run time. One trained policy for each lambda; ``calibrate`` g
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,7 @@ from neurarium.dynamic.exits import EarlyExit
 from neurarium.dynamic.gates import FEATURES, LearnedGate, exit_probabilities
 from neurarium.dynamic.outcome import Staged
 from neurarium.errors import BadInput
+from neurarium.learn.fit import to
 from neurarium.roles import Loader
 
 __all__ = ["JEIDNN", "gate_targets", "inference_loss", "warmup_loss"]
@@ -52,7 +53,7 @@ class JEIDNN(EarlyExit):
     """A staged network with jointly learned exits and gates. Freezes all of ``staged`` but its early heads, in place.
 
     Args:
-        staged: a network with ``heads``, one a stage; :func:`~neurarium.dynamic.exits.staged` makes one of an ordinary model.
+        staged: a network with ``heads``, one a stage; :func:`~neurarium.dynamic.exits.with_exits` makes one of an ordinary model.
         tradeoff: lambda, what the full cost is worth in units of the target (nats of cross-entropy).
         gate_features: names from :data:`~neurarium.dynamic.gates.FEATURES`.
         alternate: batches of gate steps before as many batches of classifier steps.
@@ -149,9 +150,10 @@ class JEIDNN(EarlyExit):
             elif now[0] > self._best[k][0]:
                 self._best[k] = now
 
-    def _dense(self, loader: Loader) -> Any:
+    def _dense(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor, Any]]:
         with evaluating(self):
             for x, y in loader:
+                x, y = to(x, self.tau.device), to(y, self.tau.device)
                 yield torch.stack(self.outputs(x), 1), y, x
 
 

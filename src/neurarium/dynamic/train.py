@@ -17,7 +17,7 @@ from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.exits import EarlyExit
 from neurarium.dynamic.outcome import Policy
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.learn.fit import Progress, loop
+from neurarium.learn.fit import Progress, device_of, loop, to
 from neurarium.roles import History, Loader
 
 __all__ = ["CachedStages", "cached", "fit_policy", "measure"]
@@ -76,9 +76,10 @@ def fit_policy(
 @torch.no_grad()
 def measure(policy: Policy, loader: Loader, *, budget: float | None = None, threshold: float | None = None) -> dict[str, float]:
     """Loss and accuracy of what the policy answers, and its mean cost in FLOPs a row."""
-    n, total = 0, {"loss": 0.0, "accuracy": 0.0, "cost": 0.0}
+    device, n, total = device_of(policy), 0, {"loss": 0.0, "accuracy": 0.0, "cost": 0.0}
     with evaluating(policy):
         for x, y in loader:
+            x, y = to(x, device), to(y, device)
             outcome = policy.decide(x, budget=budget, threshold=threshold)
             n += len(y)
             total["loss"] += float(F.cross_entropy(outcome.output, y, reduction="sum"))
@@ -120,7 +121,8 @@ class CachedStages(nn.Module):
 
     def collect(self, loader: Loader) -> TensorData:
         """The features of all batches, in the loader's order."""
-        batches = [(self.features(x), y) for x, y in loader]
+        device = device_of(self)
+        batches = [(self.features(to(x, device)), to(y, device)) for x, y in loader]
         if not batches:
             raise BadInput("the loader yielded no samples to cache")
         return TensorData(*(torch.cat(parts) for parts in zip(*batches)))
@@ -145,9 +147,9 @@ class CachedStages(nn.Module):
 
 
 def _weighted(head: nn.Module) -> nn.Sequential:
-    """The head without the leading modules that have nothing to learn."""
+    """The head without the leading modules that have nothing to learn: no parameters, no running statistics."""
     parts = list(head) if isinstance(head, nn.Sequential) else [head]
-    first = next((i for i, part in enumerate(parts) if next(part.parameters(), None) is not None), 0)
+    first = next((i for i, part in enumerate(parts) if [*part.parameters(), *part.buffers()]), 0)
     return nn.Sequential(*parts[first:])
 
 

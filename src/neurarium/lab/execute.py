@@ -99,7 +99,8 @@ def execute(unit: Unit, emit: Callable[[Event], None]) -> None:
         with _settings(unit.threads):
             error = _run_all(run, trial)
     spent = before + time.perf_counter() - start
-    emit(Event(unit.key, unit.seed, end=SeedRun(unit.seed, tuple(trial.order), spent, error, machine(unit.threads, unit.device))))
+    facts = machine(unit.threads, unit.device) | ({"stand_in": trial.stands_in} if trial.stands_in else {})
+    emit(Event(unit.key, unit.seed, end=SeedRun(unit.seed, tuple(trial.order), spent, error, facts)))
 
 
 def _run_all(run: Callable[[Trial], None], trial: Trial) -> str | None:

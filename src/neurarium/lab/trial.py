@@ -116,6 +116,7 @@ class Trial:
         self.seed, self.name = seed, check_scale(name)
         self.order: list[str] = []  # every arm that was announced
         self.runs: dict[str, ArmRun] = dict(finished or {})
+        self.stands_in = ""
         self.failure: BaseException | None = None  # of the machinery around the experiment: not a crash of an arm
         self._device = device
         self._open: Arm | None = None
@@ -140,6 +141,13 @@ class Trial:
     def scale(self, *, smoke: T, laptop: T) -> T:
         """The value for this trial's scale."""
         return smoke if self.name == "smoke" else laptop
+
+    def stand_in(self, text: str) -> None:
+        """Say that this run uses something else than the catalog's evidence note names (other data, because the first were not there).
+
+        The record keeps it and every report shows it.
+        """
+        self.stands_in = " ".join(text.split())[:120]
 
     def arms(self, *names: str) -> Iterator[Arm]:
         """The arms that are not finished yet, one after another, each from the same random state. For use in one ``for`` loop."""

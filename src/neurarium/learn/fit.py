@@ -166,16 +166,22 @@ class Progress:
 class EarlyStopping:
     """Callback: stop when ``metric`` of the validation (of the training, if there is none) has not fallen for ``patience`` epochs.
 
-    It reads the history alone and holds no state, so a resumed run stops where an unbroken one does. ``sign=-1`` waits for a rise.
+    The model ends with the weights of its best epoch, also where the epochs run out first (``restore=False``: with the last ones). The
+    history alone decides, so a resumed run stops where an unbroken one does. ``sign=-1`` waits for a rise.
     """
 
     patience: int = 3
     metric: str = "loss"
     sign: int = 1
+    restore: bool = True
+
+    def since_best(self, progress: Progress) -> int:
+        """Epochs since the best one."""
+        values = [self.sign * epoch[self.metric] for epoch in (progress.val or progress.train)]
+        return len(values) - 1 - values.index(min(values))
 
     def __call__(self, progress: Progress) -> bool:
-        values = [self.sign * epoch[self.metric] for epoch in (progress.val or progress.train)]
-        return len(values) - 1 - values.index(min(values)) >= self.patience
+        return self.since_best(progress) >= self.patience
 
 
 def evaluate(model: nn.Module, loader: Loader, *, loss: str | Loss = "cross_entropy") -> dict[str, float]:
@@ -233,6 +239,8 @@ def loop(
     losses: list[float] = []
     modes = [(m, m.training) for m in model.modules()]
     generator = getattr(loader, "generator", None)
+    stops = [c for c in callbacks if isinstance(c, EarlyStopping)]
+    best: dict[str, Any] | None = None  # parts at the best epoch, where a callback wants them back
 
     def state() -> dict[str, Any]:
         return {
@@ -241,6 +249,7 @@ def loop(
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "loader_rng": generator.get_state() if isinstance(generator, torch.Generator) else None,
+            "best": best,
         }  # fmt: skip
 
     with forked_rng(device):
@@ -251,6 +260,7 @@ def loop(
             for name, part in parts.items():
                 part.load_state_dict(copied(resume["parts"][name]))
             train[:], seen[:], losses[:] = resume["train"], resume["val"], resume["losses"]
+            best = resume["best"]
             torch.set_rng_state(resume["rng"].cpu())
             if resume["cuda_rng"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(resume["cuda_rng"].cpu(), device)
@@ -258,7 +268,7 @@ def loop(
                 generator.set_state(resume["loader_rng"].cpu())
         try:
             progress = Progress(model, len(train) - 1, len(losses), tuple(train), tuple(seen), state)
-            if train and any(isinstance(c, EarlyStopping) and c(progress) for c in callbacks):
+            if train and any(stop(progress) for stop in stops):
                 epochs = len(train)  # the run being resumed had stopped here
             for epoch in range(len(train), epochs):
                 if hasattr(loader, "set_epoch"):
@@ -287,13 +297,18 @@ def loop(
                 if val is not None:
                     seen.append(dict(evaluator(val)))
                 progress = Progress(model, epoch, len(losses), tuple(train), tuple(seen), state)
-                stops = [callback(progress) for callback in callbacks]  # all are called, whatever the first says
-                if any(stops):
+                if any(stop.restore and stop.since_best(progress) == 0 for stop in stops):
+                    best = {name: copied(part.state_dict()) for name, part in parts.items()}
+                ended = [callback(progress) for callback in callbacks]  # all are called, whatever the first says
+                if any(ended):
                     break
         finally:
             for module, mode in modes:
                 module.training = mode
-        return History(tuple(train), tuple(seen), len(losses), {"loss": tuple(losses)}, state())
+        final = state()  # of the last epoch, so that the run can go on
+        for name, saved in (best or {}).items():
+            parts[name].load_state_dict(copied(saved))
+        return History(tuple(train), tuple(seen), len(losses), {"loss": tuple(losses)}, final)
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:

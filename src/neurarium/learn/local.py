@@ -95,7 +95,8 @@ class LocalLearner(Learner):
         order: ``"parallel"`` or ``"greedy"``. In greedy order ``epochs`` is for each block, callbacks watch one block at a time (``True``
             ends that block), ``history.train[i]["block"]`` says which it was, and a resumed run needs the ``epochs`` of the first.
         detach: ``False`` lets the local losses' gradients flow down through all blocks (an ablation: deep supervision, not a local rule).
-        early_stopping: epochs without progress of the (local) validation loss after which a block, or the whole, is done.
+        early_stopping: epochs without progress of the (local) validation loss after which a block, or the whole, is done; it keeps the
+            weights of its best epoch.
         cache: greedy only: keep the activations of finished blocks, or compute them for every batch.
         cut: the ``blocks`` to cut the model into, see :func:`~neurarium.learn.chain.as_chain`.
     """
@@ -188,7 +189,7 @@ class LocalLearner(Learner):
             data = keep(loader, device=device_of(model))
             watched = None if val is None else keep(val, device=device_of(model))
 
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = dict(resume or {})
         for i, block in enumerate(objective.blocks):
             parameters = objective.learned(i)
             solved = objective.solve(i, data.x, data.y) if cached and i >= current and parameters else None

@@ -106,7 +106,7 @@ def burgers(*, viscosity: float = 0.01 / math.pi, hard: bool = True) -> Problem:
 
 @lru_cache(maxsize=8)
 def _burgers(viscosity: float) -> Reference:
-    x, t = np.linspace(-1, 1, 201), np.linspace(0, 1, 51)
+    x, t = np.linspace(-1, 1, 161), np.linspace(0, 1, 26)
     fine, coarse = (cole_hopf_burgers(viscosity, x, t, nodes=n) for n in (200, 100))
     return Reference({"x": x, "t": t}, {"u": fine}, relative_l2(coarse, fine))
 

@@ -55,7 +55,8 @@ def jacobian(rows: Rows, parameters: Sequence[Tensor], *, piece: int | None = No
     for values in rows.values:
         n = len(values)
         scale = torch.as_tensor(rows.scale, dtype=values.dtype, device=values.device).expand(n)
-        deltas = torch.autograd.grad(values.sum(), outputs, retain_graph=True, allow_unused=True)
+        total = values.sum()
+        deltas = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True) if total.requires_grad else [None] * len(outputs)
         size = piece or n
         for at in range(0, n, size):
             part = slice(at, min(at + size, n))

@@ -192,19 +192,19 @@ class _Training:
         return blocks
 
     def loss(self, points: Sequence[Tensor], schedule: CausalSchedule | None, strength: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The mean squared residual, weighted if there is a schedule, plus the soft conditions; and the weights of the time slices."""
+        """The mean squared residual, weighted if there is a schedule, plus the soft conditions; and each time slice's earlier losses."""
         totals = []
         for (residual, _, weight), x, wanted in zip(self.parts, points, self.wanted):
             squares = sum(r**2 for r in self.model.residual(residual, x, wanted))
             totals.append((squares, weight))
         squares: Any = totals[0][0]
         soft = [weight * s.mean() for s, weight in totals[1:]]
-        slices = None
+        sums = None
         if schedule is not None and strength is not None:
             initial = soft[0] if self.problem.soft_start else 0.0
-            w, slices = schedule.weights(squares, initial, strength)
+            w, sums = schedule.weights(squares, initial, strength)
             squares = w * squares
-        return sum(soft, squares.mean()), slices
+        return sum(soft, squares.mean()), sums
 
     def run(self, steps: int | None, seconds: float | None, callbacks: Sequence[Callable[[Progress], bool | None]]) -> None:
         solver, clock = self.solver, time.perf_counter()
@@ -217,16 +217,16 @@ class _Training:
                 break
             if step % solver.resample_every == 0:
                 points = self.draw()
-            loss, slices = step_once(points)
+            loss, sums = step_once(points)
             step += 1
             if loss != loss or loss == float("inf"):
                 if step == 1:
                     raise BadInput(f"{self.problem.name}: the loss at the start is {loss}")
                 warnings.warn(f"{self.problem.name}: training diverged at step {step}", RuntimeWarning, stacklevel=3)
                 break
-            if schedule is not None and slices is not None:
+            if schedule is not None and sums is not None:
                 eps = schedule.eps
-                schedule.update(slices)
+                schedule.update(sums)
                 self._note(eps=eps, min_weight=schedule.min_weight)
             passed = time.perf_counter() - clock
             self._note(step=step, seconds=passed, loss=loss, window=self.window)
@@ -248,19 +248,19 @@ class _Training:
             )
         make = LevenbergMarquardt if self.solver.optimizer == "lm" else self.solver.optimizer
         optimizer = make(self.parameters)  # type: ignore[operator]
-        slices: Tensor | None = None
+        sums: Tensor | None = None
 
         def weigh(blocks: Sequence[Rows]) -> Sequence[Rows]:
-            nonlocal slices
+            nonlocal sums
             if schedule is None:
                 return blocks
             squares = sum(r.detach() ** 2 for r in blocks[0].values)
             initial = blocks[1].loss() if self.problem.soft_start else 0.0
-            w, slices = schedule.weights(squares, initial, schedule.strength(squares))  # type: ignore[arg-type]
+            w, sums = schedule.weights(squares, initial, schedule.strength(squares))  # type: ignore[arg-type]
             return [Rows(blocks[0].values, blocks[0].tape, blocks[0].scale * w.sqrt()), *blocks[1:]]
 
         def step(points: Sequence[Tensor]) -> tuple[float, Tensor | None]:
-            return optimizer.step(lambda: self.rows(points), weigh), slices
+            return optimizer.step(lambda: self.rows(points), weigh), sums
 
         return step
 
@@ -274,22 +274,22 @@ class _Training:
         wish = self.solver.compile
         compiled = self.model.jets and (wish is True or (wish == "auto" and (steps or 0) >= 1000))
         loss_of = _compiled(self.loss) if compiled else self.loss
-        slices: Tensor | None = None
+        sums: Tensor | None = None
 
         def step(points: Sequence[Tensor]) -> tuple[float, Tensor | None]:
             strength = schedule.strength(points[0]) if schedule else None
 
             def closure() -> Tensor:
-                nonlocal slices
+                nonlocal sums
                 optimizer.zero_grad()
-                loss, slices = loss_of(points, schedule, strength)
+                loss, sums = loss_of(points, schedule, strength)
                 loss.backward()
                 return loss
 
             loss = optimizer.step(closure)
             if scheduler is not None:
                 scheduler.step()
-            return float(loss.detach()), slices
+            return float(loss.detach()), sums
 
         return step
 

@@ -46,11 +46,12 @@ class Causal:
             raise BadInput(f"{len(squares)} points cannot be cut into {self.chunks} equal time slices; choose a multiple")
         return squares.view(self.chunks, -1).mean(1)
 
-    def slice_weights(self, losses: Tensor, eps: Tensor | float, initial: Tensor | float = 0.0) -> Tensor:
-        """w_i from L_i (chunks,) and the weighted loss of soft initial data, which counts as the slice before the first. No gradient."""
+    def earlier(self, losses: Tensor, initial: Tensor | float = 0.0) -> Tensor:
+        """S_i = sum_{k < i} L_k from L_i (chunks,) and the weighted loss of soft initial data, which counts as the slice before the
+        first. No gradient."""
         losses = losses.detach()
-        earlier = torch.cat([torch.zeros_like(losses[:1]), torch.cumsum(losses[:-1], 0)])
-        return torch.exp(-eps * (earlier + (initial.detach() if isinstance(initial, Tensor) else initial)))
+        sums = torch.cat([torch.zeros_like(losses[:1]), torch.cumsum(losses[:-1], 0)])
+        return sums + (initial.detach() if isinstance(initial, Tensor) else initial)
 
     def begin(self, steps: int) -> CausalSchedule:
         """The state of one run of that many steps."""
@@ -59,13 +60,14 @@ class Causal:
 
 @dataclass
 class CausalSchedule:
-    """Where a run stands: its eps, and the slice weights of the last evaluation."""
+    """Where a run stands: its eps, and the earlier losses S_i and weights of each slice (chunks,) in the last step, float64."""
 
     settings: Causal
     patience: int
     level: int = 0
     age: int = 0
-    last: Tensor | None = field(default=None, repr=False)  # (chunks,)
+    sums: Tensor | None = field(default=None, repr=False)
+    slice_weights: Tensor | None = field(default=None, repr=False)
 
     @property
     def eps(self) -> float:
@@ -73,7 +75,7 @@ class CausalSchedule:
 
     @property
     def min_weight(self) -> float:
-        return float("nan") if self.last is None else float(self.last.min())
+        return float("nan") if self.slice_weights is None else float(self.slice_weights.min())
 
     @property
     def converged(self) -> bool:
@@ -85,14 +87,14 @@ class CausalSchedule:
         return torch.full((), self.eps, dtype=like.dtype, device=like.device)
 
     def weights(self, squares: Tensor, initial: Tensor | float, strength: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights a point (n,) and a slice (chunks,). Pure: it changes no state, so it may be compiled."""
-        losses = self.settings.slice_losses(squares)
-        w = self.settings.slice_weights(losses, strength, initial)
-        return w.repeat_interleave(len(squares) // self.settings.chunks), w
+        """The weight of each point (n,), and S_i (chunks,). Pure: it changes no state, so it may be compiled."""
+        sums = self.settings.earlier(self.settings.slice_losses(squares), initial)
+        return torch.exp(-strength * sums).repeat_interleave(len(squares) // self.settings.chunks), sums
 
-    def update(self, weights: Tensor) -> None:
-        """After a step, with the slice weights that it used."""
-        self.last, self.age = weights.detach(), self.age + 1
+    def update(self, sums: Tensor) -> None:
+        """After a step, with the S_i that it used."""
+        self.sums, self.age = sums.detach().double().cpu(), self.age + 1
+        self.slice_weights = torch.exp(-self.eps * self.sums)
         last = self.level == len(self.settings.eps) - 1
         if not last and (self.min_weight > self.settings.delta or self.age >= self.patience):
             self.level, self.age = self.level + 1, 0

@@ -156,19 +156,21 @@ def _scan(x: Tensor, v0: Tensor | None, leak: Any, threshold: Any, o: _Options, 
     """The forward pass: spikes, the last state, and h of every step (of one, if not to be kept)."""
     leak, threshold = (a.detach() if isinstance(a, Tensor) else a for a in (leak, threshold))
     spikes, hs = _fresh(x, len(x)), _fresh(x, len(x) if keep else 1)
-    last = torch.zeros_like(x[0]) if v0 is None else torch.empty_like(x[0]).copy_(v0.detach())
+    last = torch.empty_like(x[0])
+    start = torch.zeros_like(last) if v0 is None else v0.detach()
     for rows in _blocks(x, leak, threshold):
-        v = last[rows]
-        for t in range(x.shape[0]):
-            h, s = hs[t if keep else 0, rows], spikes[t, rows]
+        v, out = start[rows], last[rows]
+        currents, outputs, membranes = (a[:, rows].unbind() for a in (x, spikes, hs))
+        for t, (x_t, s) in enumerate(zip(currents, outputs)):
+            h = membranes[t if keep else 0]
             if o.reset == "delayed":
                 _reached(v, threshold, o.strict, out=s)
-                torch.mul(v, leak, out=h).add_(x[t, rows])
+                torch.mul(v, leak, out=h).add_(x_t)
                 _subtract(h, s, threshold, out=h)
             else:
-                torch.mul(v, leak, out=h).add_(x[t, rows])
+                torch.mul(v, leak, out=h).add_(x_t)
             _reached(h, threshold, o.strict, out=s)
-            _reset(h, s, threshold, o, out=v)
+            v = _reset(h, s, threshold, o, out=out)
     return spikes, last, hs
 
 
@@ -227,15 +229,22 @@ def _scan_back(
     g_leak: Tensor | None, g_threshold: Tensor | None, leak: Any, threshold: Any, o: _Options,
 ) -> None:  # fmt: skip
     """The reverse scan: writes the gradients of all h into ``d``, that of the initial state into ``g_v0``, and adds to the other two."""
-    room, scaled = torch.empty_like(hs[0]), torch.empty_like(hs[0])  # reused: fresh tensors cost more than the arithmetic
+    room = torch.empty_like(hs[0])
+    scaled = torch.empty_like(room)  # both reused: fresh tensors cost more than the arithmetic
     after = g_last  # gradient of the state after step t
     late = None  # d[t + 1], where the next step subtracts this step's spikes
+    membranes, gradients = hs.unbind(), d.unbind()
+    above = [None] * len(hs) if g_spikes is None else g_spikes.unbind()
     for t in reversed(range(len(hs))):
-        _step_back(d[t], hs[t], None if g_spikes is None else g_spikes[t], after, late, threshold, g_threshold, room, o)
+        h, d_t = membranes[t], gradients[t]
+        _step_back(d_t, h, above[t], after, late, threshold, g_threshold, room, o)
         if g_leak is not None and (t > 0 or start is not None):
-            g_leak.addcmul_(d[t], _state(hs[t - 1], threshold, o) if t > 0 else start)
-        after, late = (None, None) if o.detach_time else (torch.mul(d[t], leak, out=scaled), d[t])
-    if o.detach_time:
+            g_leak.addcmul_(d_t, _state(membranes[t - 1], threshold, o) if t > 0 else start)
+        if o.detach_time or (t == 0 and g_v0 is None and o.reset != "delayed"):
+            after = late = None
+        else:
+            after, late = torch.mul(d_t, leak, out=scaled), d_t
+    if after is None:
         return
     if o.reset == "delayed" and not (g_v0 is None and g_threshold is None):  # the initial state may have fired
         first = torch.empty_like(scaled)

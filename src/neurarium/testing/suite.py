@@ -89,10 +89,11 @@ def parametrize_methods(ids: Iterable[str] | None = None, *, roles: Iterable[str
     return pytest.mark.parametrize("conformance", params)
 
 
-def _deferred(reference: str, role: str, name: str) -> Callable[[], None]:
+def _deferred(reference: str | None, role: str, name: str) -> Callable[[], None]:
     def conformance() -> None:
         import pytest
 
+        assert reference, "the catalog names no example"
         example = load_example(reference)
         assert example.role == role, f"{reference} is an example of role {example.role!r}, the catalog says {role!r}"
         unknown = set(example.skip) - set(CHECKS[role])

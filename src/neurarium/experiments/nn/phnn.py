@@ -199,7 +199,7 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     grid = fig.add_gridspec(2, 2, height_ratios=(3, 1), width_ratios=(3, 2))
     axis = fig.add_subplot(grid[0, 0])
     names = {"real": "real", "real_narrow": "real, narrow", "ph2": "n = 2", "ph3": "n = 3", "ph4": "n = 4", "ph4_wide": "n = 4, wide",
-             "quaternion": "quaternion", "frozen_random_a": "n = 4, random rule", "grouped": "grouped"}  # fmt: skip
+             "quaternion": "quaternion", "frozen_random_a": "random rule", "grouped": "grouped"}  # fmt: skip
     real, ours, fixed = "#000000", "#0072B2", "#E69F00"
     centre = {}
     for arm in names:
@@ -213,7 +213,8 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     for a, b in (("real_narrow", "ph4"), ("real", "ph4_wide")):
         axis.annotate("", centre[b], centre[a], arrowprops={"arrowstyle": "->", "color": ours, "alpha": 0.6, "shrinkA": 6, "shrinkB": 6})
     axis.set(xscale="log", xlabel="parameters", ylabel="test accuracy (%)", title="What a parameter buys (arrows: equal parameters)")
-    axis.margins(0.22, 0.12)
+    axis.set_xlim(7.5e3, 7.5e4)
+    axis.margins(y=0.12)
 
     axis = fig.add_subplot(grid[0, 1])
     labels = {"recover_real": "real (576)", "recover_ph2": "n = 2 (296)", "recover_ph4": "n = 4 (208)", "recover_grouped": "grouped (144)"}

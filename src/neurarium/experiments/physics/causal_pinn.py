@@ -3,7 +3,7 @@
 Allen-Cahn to T = 1, initial data and periodicity exact, 32 time slices x 64 points. Adam (3 x 48, 4,000 steps) and Levenberg-Marquardt
 (3 x 24, 45 steps) train with and without causal weights on the same points from the same start. ``lm_shuffled`` gives the same weights to
 the wrong slices: what remains of the gain if causality does not. Points change during training, so the error wobbles; an arm's error is
-the median of its last five checks. Both learning rates of Adam are the best of 1e-3, 3e-3, 1e-2 for the *plain* arm. Lorenz: T = 3 in six
+the median of its last five checks. Adam's learning rate is the best of 1e-3, 3e-3, 1e-2 for the *plain* arm. Lorenz: T = 3 in six
 windows, Levenberg-Marquardt with and without weights.
 """
 
@@ -34,20 +34,20 @@ LORENZ = Causal(eps=(1e-2, 1e-1, 1.0, 10.0), delta=0.95, patience=10**9)
 class Shuffled(Causal):
     """Causal weights, each given to the slice at another, fixed place in time."""
 
-    def slice_weights(self, losses: torch.Tensor, eps: torch.Tensor | float, initial: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def earlier(self, losses: torch.Tensor, initial: torch.Tensor | float = 0.0) -> torch.Tensor:
         order = torch.randperm(self.chunks, generator=torch.Generator().manual_seed(0)).to(losses.device)
-        return super().slice_weights(losses, eps, initial)[order]
+        return super().earlier(losses, initial)[order]
 
 
 class Watch:
-    """Follows a run: error on the reference grid, smallest causal weight, weights over time."""
+    """Follows a run: error on the reference grid, largest sum of earlier losses (which decides the smallest weight), all weights."""
 
     def __init__(self, every: int) -> None:
         self.every = every
         self.steps: list[float] = []
         self.seconds: list[float] = []
         self.errors: list[float] = []
-        self.smallest: list[float] = []
+        self.sums: list[float] = []
         self.weights: list[torch.Tensor] = []
 
     def __call__(self, progress: Progress) -> None:
@@ -55,9 +55,14 @@ class Watch:
             self.steps.append(progress.step)
             self.seconds.append(progress.seconds)
             self.errors.append(progress.solution.error()["u"])
-            if progress.schedule is not None and progress.schedule.last is not None:
-                self.smallest.append(progress.schedule.min_weight)
-                self.weights.append(progress.schedule.last.cpu())
+            if progress.schedule is not None:
+                self.eps = progress.schedule.eps
+                self.sums.append(float(progress.schedule.sums.max()))
+                self.weights.append(progress.schedule.slice_weights)
+
+    def min_weight(self) -> list[float]:
+        """The smallest weight at each check, at the last eps of the run; 1 without weights."""
+        return [math.exp(-self.eps * s) for s in self.sums] or [1.0] * len(self.errors)
 
 
 def run(trial: Trial) -> None:
@@ -91,7 +96,7 @@ def run(trial: Trial) -> None:
         steps = trial.scale(smoke=12, laptop=4000) if first else trial.scale(smoke=6, laptop=45)
         solution = solver.solve(problem, steps=steps, seed=trial.seed, callbacks=[watch])
         arm.log(error=median(watch.errors[-5:]), residual=solution.residual())
-        arm.log(minus_log_error=[-math.log(e) for e in watch.errors], min_weight=watch.smallest or [1.0] * len(watch.errors))
+        arm.log(minus_log_error=[-math.log(e) for e in watch.errors], min_weight=watch.min_weight())
         arm.curve("error", watch.steps, watch.errors)
         arm.curve("error_by_seconds", watch.seconds, watch.errors)
         arm.curve("error_over_time", *_error_over_time(problem, solution))
@@ -107,8 +112,10 @@ def _error_over_time(problem: Problem, solution: Solution) -> tuple[list[float],
 
 
 def _trajectory(arm: Arm, solution: Solution) -> None:
-    t = torch.linspace(0, 3, 151, dtype=torch.float64)
-    arm.curve("x", t, solution(t[:, None])[:, 0])
+    reference = solution.problem.reference()  # type: ignore[misc]
+    t = reference.axes["t"][::2]
+    arm.curve("x", t, solution(t[:, None])[:, 0].cpu())
+    arm.curve("reference", t, reference.values["x"][::2])
 
 
 NAMES = {
@@ -123,6 +130,8 @@ NAMES = {
 def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     import numpy as np
 
+    fig.set_size_inches(10, 7)
+    fig.set_layout_engine("constrained")
     (left, right), (below, lorenz_at) = fig.subplots(2, 2)
     for name, (label, colour, style) in NAMES.items():
         if name not in record.arms:
@@ -133,7 +142,9 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
         left.fill_between(t, errors.min(0), errors.max(0), color=colour, alpha=0.12, linewidth=0)
         for k, (x, y) in enumerate(record.curves(name, "error_by_seconds")):
             below.plot(x, y, style, color=colour, alpha=0.8, label=label if k == 0 else None)
-    left.set(yscale="log", ylim=(1e-5, 3), xlabel="time t", ylabel="error, rms over x", title="Allen-Cahn: where in time the error sits")
+    left.set(
+        yscale="log", ylim=(1e-5, 3), xlabel="time t", ylabel="error, rms over x", title="Allen-Cahn: error at each time, after equal steps"
+    )
     left.legend(fontsize=7)
     below.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative L2 error", title="Error against time spent")
 
@@ -142,9 +153,7 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
         fig.colorbar(image, ax=right, label="weight $w_i$")
     right.set(xlabel="step", ylabel="time t", title="Causal weights: the solved front moves on (LM)")
 
-    t, _ = record.curves("lorenz_causal", "x")[0]
-    reference = lorenz().reference()  # type: ignore[misc]
-    lorenz_at.plot(reference.axes["t"], reference.values["x"], color="black", linewidth=2.5, alpha=0.35, label="reference")
+    lorenz_at.plot(*record.curves("lorenz_causal", "reference")[0], color="black", linewidth=2.5, alpha=0.35, label="reference")
     for name, label, colour, style in (("lorenz_plain", "plain", "#e69f00", "--"), ("lorenz_causal", "causal", "#d55e00", "-")):
         for k, (x, y) in enumerate(record.curves(name, "x")):
             lorenz_at.plot(x, y, style, color=colour, linewidth=1, label=label if k == 0 else None)

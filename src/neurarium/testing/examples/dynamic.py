@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from neurarium.dynamic.exits import staged
+from neurarium.dynamic.exits import with_exits
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.testing.example import Example
 
@@ -32,7 +32,7 @@ def jei_dnn() -> Example:
 
     def make(seed: int) -> JEIDNN:
         x, y = _batch(64, seed)
-        policy = JEIDNN(staged(_network(), x[:2], cuts=2), tradeoff=0.5, alternate=2)
+        policy = JEIDNN(with_exits(_network(), x[:2], cuts=2), tradeoff=0.5, alternate=2)
         nn.init.normal_(policy.gate.weight, std=1.0)
         policy.eval().calibrate([(x, y)])
         policy.use(x, budget=0.6 * policy.costs(x).full)
