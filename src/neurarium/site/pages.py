@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from neurarium import __version__
 from neurarium.catalog import ROLES, Comparison, Paper
-from neurarium.site.docstrings import first_line, source_file
+from neurarium.site.docstrings import first_line, public, source_file
 from neurarium.site.facts import VERDICTS, Atlas, Facts, duration, order
 from neurarium.site.markup import badges, card_list, e, hue, link, pill, rel, size, stack, table, whisker
 from neurarium.site.rooms import engine, room
@@ -157,10 +157,11 @@ def scoreboard(atlas: Atlas) -> str:
 
 
 def _front(title: str, description: str) -> str:
+    """Escaped here, because the theme does not."""
     import json
 
     hide = "hide:\n  - navigation"
-    return f"---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(description or title)}\n{hide}\n---"
+    return f"---\ntitle: {json.dumps(e(title))}\ndescription: {json.dumps(e(description or title))}\n{hide}\n---"
 
 
 def _md(text: str) -> str:
@@ -241,7 +242,8 @@ def _names(one: Facts, paper: Paper) -> str:
     for reference in filter(None, (paper.use, *paper.also)):
         module, _, name = reference.partition(":")
         target = reference_page(module)
-        address = f"{rel(one.url, target)}#{module}.{name}" if target else ""
+        known = any(name == public_name for public_name, _ in public(module))
+        address = f"{rel(one.url, target)}#{module}{f'.{name}' if known else ''}" if target else ""
         items.append(f'<a href="{address}"><code>{e(module)}.{e(name)}</code></a>' if address else f"<code>{e(module)}.{e(name)}</code>")
     return f'<p class="names">In the reference: {", ".join(items)}</p>'
 
