@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-CATALOG = '''
+CATALOG = """
 [[paper]]
 id = "demo-held"
 title = "Tidal <b>Averaging</b> of Gradients & Weights"
@@ -73,7 +73,7 @@ members = ["demo-held", "demo-works"]
 experiment = "atlas_demo.experiment"
 plot = ["bytes", "loss"]
 evidence = "generated"
-'''
+"""
 METHOD = '''"""Tidal averaging: weights move with the tide.
 
 The idea in *one* paragraph, with ``code``, a < b and :math:`\\\\frac{a}{b}`.

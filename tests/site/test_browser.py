@@ -127,8 +127,8 @@ def test_dark_mode_follows_the_system(page, built):
 
 
 PAGES = (
-    "index.html", "papers/learn/demo-held.html", "papers/learn/mono-forward.html", "comparisons/demo-compare.html", "rooms/learn.html", "rooms/index.html",
-    "scoreboard.html", "guides/measure.html", "guides/roles.html", "architecture.html", "reference/roles.html",
+    "index.html", "papers/learn/demo-held.html", "papers/learn/mono-forward.html", "comparisons/demo-compare.html", "rooms/learn.html",
+    "rooms/index.html", "scoreboard.html", "guides/measure.html", "guides/roles.html", "architecture.html", "reference/roles.html",
 )  # fmt: skip
 
 

@@ -76,9 +76,9 @@ def test_no_internal_link_is_broken(built, parsed):
             if parts.scheme or parts.netloc:
                 continue
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
-            if not target.is_file():
-                broken.append((str(file.relative_to(built.folder)), address))
-            elif parts.fragment and target in parsed and target.name != "index.html" and unquote(parts.fragment) not in parsed[target].ids:
+            if not target.is_file() or (
+                parts.fragment and target in parsed and target.name != "index.html" and unquote(parts.fragment) not in parsed[target].ids
+            ):
                 broken.append((str(file.relative_to(built.folder)), address))
     assert not broken, f"{len(broken)} broken links: {broken[:20]}"
 
@@ -167,7 +167,9 @@ def test_it_is_served_on_this_machine_alone(built):
 
 
 def test_docstrings_become_markdown():
-    said = split("One. line\n\nIdea with :class:`~a.b.C` and ``x``.\n\n    y = x * 2\n\n*Source*: here.\n\n*Departures.* None, a * b.\n*Cost*: O(n).")
+    said = split(
+        "One. line\n\nIdea with :class:`~a.b.C` and ``x``.\n\n    y = x * 2\n\n*Source*: here.\n\n*Departures.* None, a * b.\n*Cost*: O(n)."
+    )
     assert said.title == "One. line" and "`C`" in said.idea and "\n\n    y = x * 2" in said.idea
     assert said.parts["source"] == "Here." and said.parts["departures"].startswith("None") and said.parts["cost"] == "O(n)."
     assert markdown(r"a :math:`\frac1T` b").count("<math") == 1

@@ -92,7 +92,9 @@ def test_code_of_contributing_runs(here, monkeypatch):
     loaded = load_files([here / "learn.toml"]).get("tiny-rule")
     import dataclasses
 
-    paper = dataclasses.replace(loaded, use="neurarium.learn.fit:Backprop", experiment="tiny_rule_experiment", package="tiny_rule_experiment", status="works")
+    paper = dataclasses.replace(
+        loaded, use="neurarium.learn.fit:Backprop", experiment="tiny_rule_experiment", package="tiny_rule_experiment", status="works"
+    )
     record = lab.run(paper, scale="smoke", engine="inline", out=here / "runs", progress=False)
     assert record.arms == ("backprop", "tiny")
     lab.draw(record, paper, here / "figure.png")

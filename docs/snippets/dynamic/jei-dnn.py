@@ -1,4 +1,4 @@
-"""An exit should be good on the inputs that leave there, and a gate should let out those that gain by leaving. Can both be learned at once?"""
+"""An exit should be good on the inputs that leave there, a gate should let out those that gain by it. Can both be learned at once?"""
 
 from torch import nn
 

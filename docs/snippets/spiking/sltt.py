@@ -1,4 +1,4 @@
-"""A spiking network's error travels through layers and through time. What if the way through time, which needs all the memory, is left out?"""
+"""A spiking network's error travels through layers and through time. What if the way through time, which needs the memory, is cut?"""
 
 from neurarium import data, meter
 from neurarium.spiking import SLTT

@@ -41,8 +41,11 @@ def chart(rooms: Mapping[str, Sequence[Facts]], *, width: int, height: int, kind
             f'<a href="rooms/{name}.html" tabindex="-1"><text x="{x0:.0f}" y="{y0 + radius[name] + 17:.0f}">{e(room(name).name)}</text></a>'
         )
         islands += f'<g class="island" style="--hue:{hue(list(rooms), name)}" data-room="{name}">{places}{label}</g>'
-    lines = "".join(f'<path d="M0 {y}H{width}"/>' for y in range(60, height, 120)) + "".join(f'<path d="M{x} 0V{height}"/>' for x in range(60, width, 120))
-    return f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" aria-hidden="true" focusable="false"><g class="graticule">{lines}</g>{waters}{islands}</svg>'
+    lines = "".join(f"M0 {y}H{width}" for y in range(60, height, 120)) + "".join(f"M{x} 0V{height}" for x in range(60, width, 120))
+    return (
+        f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" aria-hidden="true" focusable="false">'
+        f'<g class="graticule"><path d="{lines}"/></g>{waters}{islands}</svg>'
+    )
 
 
 def _place(names: Sequence[str], radius: Mapping[str, float], width: int, height: int) -> dict[str, tuple[float, float]]:

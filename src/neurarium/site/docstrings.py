@@ -14,7 +14,9 @@ __all__ = ["Told", "imports", "markdown", "public", "source_file", "told"]
 
 #: The parts that a method's docstring names, by the word that it begins them with.
 PARTS = ("equations", "source", "departures", "cost", "licence")
-_PART = re.compile(r"^\*{0,2}(The idea|Equations?|Sources?|Departures?|Costs?|Licence)\.?\*{0,2}(?=[.:,]|\s|$)[.:]?\s*\*{0,2}", re.MULTILINE)
+_WORDS = "The idea|Equations?|Sources?|Departures?|Costs?|Licence"
+_PART = re.compile(rf"^\*{{0,2}}({_WORDS})\.?\*{{0,2}}(?=[.:,]|\s|$)[.:]?\s*\*{{0,2}}", re.MULTILINE)
+_DISPLAY = re.compile(r"^\.\. math::\s*\n((?:[ \t]+\S.*\n?|[ \t]*\n(?=[ \t]+\S))+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def told(reference: str) -> Told:
 def split(text: str) -> Told:
     """A docstring in parts."""
     first, _, rest = text.strip().partition("\n\n")
-    marks = [m for m in _PART.finditer(rest)]
+    marks = list(_PART.finditer(rest))
     idea = rest[: marks[0].start()] if marks else rest
     parts: dict[str, str] = {}
     for i, mark in enumerate(marks):
@@ -59,7 +61,7 @@ def split(text: str) -> Told:
 
 def markdown(text: str) -> str:
     """A docstring's reStructuredText and indented formulas as Markdown, formulas as MathML where they are TeX."""
-    text = re.sub(r"^\.\. math::\s*\n((?:[ \t]+\S.*\n?|[ \t]*\n(?=[ \t]+\S))+)", lambda m: f"\n{_mathml(m[1], 'block')}\n\n", text, flags=re.MULTILINE)
+    text = _DISPLAY.sub(lambda m: f"\n{_mathml(m[1], 'block')}\n\n", text)
     text = re.sub(r":math:`([^`]+)`", lambda m: _mathml(m[1], "inline"), text)
     text = re.sub(r":[a-z]+:`~?([\w.]+)`", lambda m: f"`{m[1].rsplit('.', 1)[-1]}`", text)
     text = re.sub(r"(?<!`)``([^`]+)``(?!`)", r"`\1`", text)
@@ -138,7 +140,7 @@ def imports(module: str) -> set[str]:
     if file is None:
         return set()
     found: set[str] = set()
-    for node in ast.walk(_tree(file)):
+    for node in _tree(file).body:  # not those of a function or for type checking alone
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names if source_file(f"{node.module}.{alias.name}")}

@@ -44,19 +44,19 @@ def gallery(atlas: Atlas) -> str:
     measured = sum(one.record is not None for one in papers)
     works = sum(one.status != "planned" for one in papers)
     verdicts = {name: totals[name] for name in VERDICTS if totals[name]}
-    tally = (
-        f'<a class="tally" href="scoreboard.html">{stack(verdicts, "Claims measured")}<span>{e(", ".join(f"{n} {name}" for name, n in verdicts.items()))}</span></a>'
-        if verdicts
-        else ""
-    )
-    said = f"<b>{len(papers)}</b> papers · <b>{works}</b> work · <b>{measured}</b> measured · <b>{sum(verdicts.values())}</b> claims judged"
+    words = e(", ".join(f"{n} {name}" for name, n in verdicts.items()))
+    tally = f'<a class="tally" href="scoreboard.html">{stack(verdicts, "Claims measured")}<span>{words}</span></a>' if verdicts else ""
+    figures = {"papers": len(papers), "work": works, "measured": measured, "claims judged": sum(verdicts.values())}
+    said = " · ".join(f"<b>{count}</b> {name}" for name, count in figures.items())
+    charts = chart(atlas.rooms, width=860, height=560, kind="wide") + chart(atlas.rooms, width=480, height=900, kind="tall")
     head = (
         '<section class="hero"><div class="hero__words"><h1>Papers you can run, claims you can check</h1>'
-        "<p>Neural-network papers as working, composable PyTorch parts. Each claim is measured again on a laptop, against its baseline, and what does "
-        "not hold is shown as plainly as what does.</p>"
+        "<p>Neural-network papers as working, composable PyTorch parts. Each claim is measured again on a laptop, against its baseline, "
+        "and what does not hold is shown as plainly as what does.</p>"
         f'<p class="hero__facts">{said}</p>{tally}'
-        '<p class="hero__go"><a class="go" href="guides/start.html">Start in five minutes</a> <a href="scoreboard.html">See the scoreboard</a></p></div>'
-        f'<div class="hero__chart">{chart(atlas.rooms, width=860, height=560, kind="wide")}{chart(atlas.rooms, width=480, height=900, kind="tall")}</div></section>'
+        '<p class="hero__go"><a class="go" href="guides/start.html">Start in five minutes</a> '
+        '<a href="scoreboard.html">See the scoreboard</a></p></div>'
+        f'<div class="hero__chart">{charts}</div></section>'
     )
     cards = "".join(_card(one, hue(rooms, one.entry.room), atlas) for one in papers)
     return (
@@ -68,7 +68,8 @@ def gallery(atlas: Atlas) -> str:
 
 def _tools(atlas: Atlas, papers: list[Facts], rooms: list[str]) -> str:
     chips = "".join(
-        f'<button type="button" class="chip" data-room="{r}" aria-pressed="false" style="--hue:{hue(rooms, r)}">{e(room(r).name)} <small>{len(atlas.rooms[r])}</small></button>'
+        f'<button type="button" class="chip" data-room="{r}" aria-pressed="false" style="--hue:{hue(rooms, r)}">'
+        f"{e(room(r).name)} <small>{len(atlas.rooms[r])}</small></button>"
         for r in rooms
     )
     roles = Counter(getattr(one.entry, "role", "") for one in papers)
@@ -76,7 +77,8 @@ def _tools(atlas: Atlas, papers: list[Facts], rooms: list[str]) -> str:
     found = Counter(name for one in papers for name in one.counts)
     return (
         '<div class="bar"><label class="visually-hidden" for="q">Search papers</label>'
-        '<input id="q" type="search" placeholder="Search titles, methods, ideas" autocomplete="off" spellcheck="false" aria-describedby="keys">'
+        '<input id="q" type="search" placeholder="Search titles, methods, ideas" autocomplete="off" spellcheck="false" '
+        'aria-describedby="keys">'
         '<kbd aria-hidden="true">/</kbd>'
         + _select("role", "Role", [(r, r, roles[r]) for r in ROLES if roles[r]])
         + _select("status", "Status", [(s, s, statuses[s]) for s in ("measured", "works", "planned") if statuses[s]])
@@ -84,25 +86,30 @@ def _tools(atlas: Atlas, papers: list[Facts], rooms: list[str]) -> str:
         + '<button type="button" class="reset" hidden>Reset</button></div>'
         f'<div class="chips" role="group" aria-label="Room">{chips}</div>'
         '<p class="count"><span id="count" role="status" aria-live="polite"></span>'
-        '<span id="keys"><kbd>/</kbd> search <kbd>←</kbd><kbd>↑</kbd><kbd>↓</kbd><kbd>→</kbd> move <kbd>Enter</kbd> open <kbd>Esc</kbd> clear</span></p>'
+        '<span id="keys"><kbd>/</kbd> search <kbd>←</kbd><kbd>↑</kbd><kbd>↓</kbd><kbd>→</kbd> move <kbd>Enter</kbd> open '
+        "<kbd>Esc</kbd> clear</span></p>"
     )
 
 
 def _select(name: str, label: str, options: list[tuple[str, str, int]]) -> str:
     items = "".join(f'<option value="{e(value)}">{e(words)} ({count})</option>' for value, words, count in options)
-    return f'<label class="pick"><span>{label}</span><select id="{name}" data-filter="{name}"><option value="">any</option>{items}</select></label>'
+    chosen = f'<select id="{name}" data-filter="{name}"><option value="">any</option>{items}</select>'
+    return f'<label class="pick"><span>{label}</span>{chosen}</label>'
 
 
 def _card(one: Facts, tint: int, atlas: Atlas) -> str:
     paper = one.entry
     assert isinstance(paper, Paper)
-    # The first rows are on screen at once; the others load when they are scrolled to.
-    picture = f'<img src="{one.thumbnail}" alt="" {size(atlas.figures[one.thumbnail])} loading="lazy" decoding="async">' if one.thumbnail else ""
+    picture = ""
+    if one.thumbnail:
+        picture = f'<img src="{one.thumbnail}" alt="" {size(atlas.figures[one.thumbnail])} loading="lazy" decoding="async">'
+    data = {"id": paper.id, "room": paper.room, "role": paper.role, "status": one.status}
     verdicts = " ".join(name.replace(" ", "-") for name in one.counts)
+    attributes = " ".join(f'data-{name}="{value}"' for name, value in (data | {"verdict": verdicts}).items())
     summary = f"<p>{e(paper.summary)}</p>" if paper.summary else ""
     return (
-        f'<li class="card {one.status}" style="--hue:{tint}" data-id="{paper.id}" data-room="{paper.room}" data-role="{paper.role}" data-status="{one.status}" data-verdict="{verdicts}">'
-        f'{picture}<div class="card__body"><p class="meta"><span class="dot" aria-hidden="true"></span>{e(room(paper.room).name)} · {paper.role}'
+        f'<li class="card {one.status}" style="--hue:{tint}" {attributes}>{picture}<div class="card__body">'
+        f'<p class="meta"><span class="dot" aria-hidden="true"></span>{e(room(paper.room).name)} · {paper.role}'
         f'{f" · {paper.year}" if paper.year else ""}</p><h3><a href="{one.url}">{e(paper.title)}</a></h3>{summary}'
         f'<p class="badges">{badges(one)}</p></div></li>'
     )

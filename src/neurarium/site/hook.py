@@ -9,6 +9,8 @@ from typing import Any
 from neurarium.site import gallery, pages
 from neurarium.site.diagram import from_mermaid
 from neurarium.site.facts import Atlas
+from neurarium.site.reference import reference_pages
+from neurarium.site.scoreboard import scoreboard
 
 __all__ = ["on_config", "on_env", "on_files", "on_page_content", "on_page_markdown"]
 
@@ -31,11 +33,12 @@ def on_files(files: Any, *, config: Any) -> Any:
 
     atlas: Atlas = config.extra["atlas"]
     root = Path(config.config_file_path).parent
-    texts = {"rooms/index.md": pages.room_index(atlas), "comparisons/index.md": pages.comparison_index(atlas), "scoreboard.md": pages.scoreboard(atlas)}
+    texts = {"rooms/index.md": pages.room_index(atlas), "comparisons/index.md": pages.comparison_index(atlas)}
+    texts["scoreboard.md"] = scoreboard(atlas)
     texts |= {f"rooms/{id}.md": pages.room_page(id, atlas) for id in atlas.rooms}
     texts |= {one.url.removesuffix(".html") + ".md": pages.paper_page(one, atlas) for one in atlas.facts}
     texts |= {one.url.removesuffix(".html") + ".md": pages.comparison_page(one, atlas) for one in atlas.comparisons}
-    texts |= pages.reference_pages()
+    texts |= reference_pages()
     texts["guides/add-a-paper.md"] = _contributing((root / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     texts["index.md"] = "---\ntitle: Papers\ntemplate: gallery.html\nhide:\n  - navigation\n  - toc\n---\n\n"
     contents: dict[str, str | bytes] = {**texts, **atlas.figures, "assets/atlas-index.js": gallery.index(atlas)}

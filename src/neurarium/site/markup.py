@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from neurarium.lab import Verdict
     from neurarium.lab.report import Table
 
-__all__ = ["badges", "card_list", "e", "hue", "link", "pill", "rel", "size", "stack", "table", "whisker"]
+__all__ = ["badges", "card_list", "e", "framed", "hue", "link", "pill", "rel", "size", "stack", "table", "table_row", "whisker"]
 
 
 def e(text: object) -> str:
@@ -53,7 +53,8 @@ def hue(rooms: Sequence[str], id: str) -> int:
 def pill(verdict: str, count: int | None = None) -> str:
     """A verdict with its sign."""
     number = "" if count is None else f"{count} "
-    return f'<span class="pill {verdict.replace(" ", "-")}"><span aria-hidden="true">{VERDICTS.get(verdict, "·")}</span> {number}{e(verdict)}</span>'
+    sign = f'<span aria-hidden="true">{VERDICTS.get(verdict, "·")}</span>'
+    return f'<span class="pill {verdict.replace(" ", "-")}">{sign} {number}{e(verdict)}</span>'
 
 
 def badges(one: Facts) -> str:
@@ -77,7 +78,7 @@ def stack(counts: Mapping[str, int], label: str) -> str:
     return f'<span class="stack" role="img" aria-label="{e(label)}: {e(said)}">{parts}</span>'
 
 
-def card_list(source: str, papers: Sequence[Facts], why: Mapping[str, str] | None = None) -> str:
+def card_list(source: str, papers: Sequence[Facts], why: Mapping[str, str] | None = None, kind: str = "") -> str:
     """A list of papers with their badges."""
     rows = []
     for one in papers:
@@ -86,18 +87,31 @@ def card_list(source: str, papers: Sequence[Facts], why: Mapping[str, str] | Non
         title = getattr(one.entry, "title", None) or getattr(one.entry, "question", "")
         note = f'<span class="why">{e(words)}</span>' if words else ""
         facts = " · ".join(filter(None, (str(year or ""), getattr(one.entry, "role", "comparison"), room(one.entry.room).name)))
-        rows.append(f'<li>{link(source, one.url, title)}<span class="meta">{e(facts)}</span>{note}<span class="badges">{badges(one)}</span></li>')
-    return f'<ul class="papers">{"".join(rows)}</ul>' if rows else ""
+        head = f'{link(source, one.url, str(title))}<span class="meta">{e(facts)}</span>'
+        rows.append(f'<li>{head}{note}<span class="badges">{badges(one)}</span></li>')
+    return f'<ul class="papers {kind}">{"".join(rows)}</ul>' if rows else ""
 
 
 def table(rows: Table, kind: str = "") -> str:
     """A table whose cells know their column's name, so that a narrow page can stack them."""
-    head = "".join(f'<th scope="col">{e(cell)}</th>' for cell in rows.head)
-    body = ""
-    for row in rows.rows:
-        cells = "".join(f'<td data-label="{e(name)}">{e(cell)}</td>' for name, cell in zip(rows.head[1:], row[1:]))
-        body += f'<tr><th scope="row">{e(row[0])}</th>{cells}</tr>'
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table class="data {kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    names = rows.head[1:]
+    body = "".join(table_row(e(first), dict(zip(names, map(e, rest)))) for first, *rest in rows.rows)
+    return framed("Table", rows.head, body, kind)
+
+
+def table_row(head: str, cells: Mapping[str, object], kind: str = "") -> str:
+    """A row from HTML: its heading, and its cells by column."""
+    body = "".join(f'<td data-label="{e(name)}">{cell}</td>' for name, cell in cells.items())
+    return f'<tr class="{kind}"><th scope="row">{head}</th>{body}</tr>'
+
+
+def framed(label: str, names: Sequence[str], body: str, kind: str = "") -> str:
+    """The rows of a table in a frame that scrolls by itself where the page is narrow."""
+    head = "".join(f'<th scope="col">{e(name)}</th>' for name in names)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{e(label)}"><table class="data {kind}">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def whisker(v: Verdict) -> str:
@@ -133,9 +147,11 @@ def whisker(v: Verdict) -> str:
     if null is not None:
         at = x(null)
         diamond = f'<path class="null" d="M{at:.1f} {middle - 5}l5 5-5 5-5-5z"/>'
-    said = f"{number(v.measured)}, interval {number(low)} to {number(high)}, claim holds where {v.holds}" + (f"; null check {number(null)}" if null is not None else "")
+    said = f"{number(v.measured)}, interval {number(low)} to {number(high)}, claim holds where {v.holds}"
+    said += f"; null check {number(null)}" if null is not None else ""
     return (
-        f'<svg class="whisker {v.verdict.replace(" ", "-")}" viewBox="0 0 {width} 30" role="img" aria-label="{e(said)}">{region}{marks}{diamond}'
+        f'<svg class="whisker {v.verdict.replace(" ", "-")}" viewBox="0 0 {width} 30" role="img" aria-label="{e(said)}">'
+        f"{region}{marks}{diamond}"
         f'<line class="interval" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{middle}" y2="{middle}"/>{dots}'
         f'<line class="mean" x1="{x(v.measured):.1f}" x2="{x(v.measured):.1f}" y1="{middle - 8}" y2="{middle + 8}"/></svg>'
     )

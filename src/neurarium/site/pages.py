@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
 
-from neurarium import __version__
 from neurarium.catalog import ROLES, Comparison, Paper
-from neurarium.site.docstrings import first_line, public, source_file
+from neurarium.site.docstrings import public, source_file
 from neurarium.site.facts import VERDICTS, Atlas, Facts, duration, order
-from neurarium.site.markup import badges, card_list, e, hue, link, pill, rel, size, stack, table, whisker
+from neurarium.site.markup import badges, card_list, e, framed, hue, link, pill, rel, size, stack, table, table_row, whisker
 from neurarium.site.rooms import engine, room
 
-__all__ = ["comparison_index", "comparison_page", "paper_page", "room_index", "room_page", "scoreboard"]
+__all__ = ["comparison_index", "comparison_page", "paper_page", "roles_table", "room_index", "room_page"]
 
 _EVIDENCE = {"real": "Real data", "generated": "Generated data", "simulated": "Simulation"}
 _EVIDENCE_MEANS = {
@@ -29,7 +26,7 @@ def paper_page(one: Facts, atlas: Atlas) -> str:
     assert isinstance(paper, Paper)
     question, snippet = atlas.snippet(one)
     told = one.told
-    parts = [_front(paper.title, paper.summary), _head(one, atlas)]
+    parts = [front(paper.title, paper.summary), _head(one, atlas)]
     if question:
         parts.append(f'<p class="question">{e(question)}</p>')
     if paper.summary:
@@ -39,7 +36,11 @@ def paper_page(one: Facts, atlas: Atlas) -> str:
     if one.record is not None:
         parts += [_figure(one, atlas), "## Claims, and what became of them", _evidence(one), _claims(one)]
     elif paper.claims:
-        parts += ["## Claims", '<p class="note">There is no published record yet. These claims and bounds stand before the measurement.</p>', _promises(paper)]
+        parts += [
+            "## Claims",
+            '<p class="note">There is no published record yet. These claims and bounds stand before the measurement.</p>',
+            _promises(paper),
+        ]
     if snippet:
         parts += ["## Use it on your own model", f"```python\n{snippet}\n```"]
     if paper.use:
@@ -63,7 +64,7 @@ def comparison_page(one: Facts, atlas: Atlas) -> str:
     entry = one.entry
     assert isinstance(entry, Comparison)
     crumbs = f'<p class="crumbs">{link(one.url, "comparisons/index.html", "Comparisons")}</p>'
-    parts = [_front(entry.question, entry.summary), crumbs, f"# {_md(entry.question)}"]
+    parts = [front(entry.question, entry.summary), crumbs, f"# {_md(entry.question)}"]
     if entry.summary:
         parts.append(f'<p class="lead">{e(entry.summary)}</p>')
     if one.record is not None:
@@ -80,8 +81,11 @@ def comparison_page(one: Facts, atlas: Atlas) -> str:
 
 def comparison_index(atlas: Atlas) -> str:
     """All comparisons."""
-    parts = [_front("Comparisons", "Methods that do one job, measured side by side."), "# Comparisons"]
-    parts.append('<p class="lead">Methods that do one job, on one task, under one budget, with one set of meters. A comparison defends no claim: it answers its question.</p>')
+    parts = [front("Comparisons", "Methods that do one job, measured side by side."), "# Comparisons"]
+    parts.append(
+        '<p class="lead">Methods that do one job, on one task, under one budget, with one set of meters. '
+        "A comparison defends no claim: it answers its question.</p>"
+    )
     items = [
         f'<li>{link("comparisons/index.html", one.url, one.entry.question)}<span class="meta">{len(one.entry.members)} methods</span>'
         f'<span class="badges">{badges(one)}</span></li>'
@@ -100,20 +104,35 @@ def room_page(id: str, atlas: Atlas) -> str:
     verdicts = {name: counts[name] for name in VERDICTS if counts[name]}
     working = [one for one in papers if one.status != "planned"]
     crumbs = f'<p class="crumbs">{link(here, "rooms/index.html", "Rooms")}</p>'
-    said = f"{len(papers)} papers, {len(working)} working" + (f"; claims: {', '.join(f'{n} {name}' for name, n in verdicts.items())}" if verdicts else "")
-    parts = [_front(this.name, this.purpose), crumbs, f'<div class="room-head" style="--hue:{hue(list(atlas.rooms), id)}"></div>', f"# {_md(this.name)}"]
-    parts += [f'<p class="lead">{e(this.purpose)}</p>' if this.purpose else "", f'<p class="meta">{e(said)}</p>', stack(verdicts, this.name)]
+    said = f"{len(papers)} papers, {len(working)} working" + (
+        f"; claims: {', '.join(f'{n} {name}' for name, n in verdicts.items())}" if verdicts else ""
+    )
+    parts = [
+        front(this.name, this.purpose),
+        crumbs,
+        f'<div class="room-head" style="--hue:{hue(list(atlas.rooms), id)}"></div>',
+        f"# {_md(this.name)}",
+    ]
+    parts += [
+        f'<p class="lead">{e(this.purpose)}</p>' if this.purpose else "",
+        f'<p class="meta">{e(said)}</p>',
+        stack(verdicts, this.name),
+    ]
     pick = {one.id: this.pick[one.id] for one in papers if one.id in this.pick}
     if pick:
         parts += ["## Which one to pick", card_list(here, [one for one in papers if one.id in pick], pick)]
     if picture := engine(id, papers):
-        parts += ["## The engine", "Methods, and the modules that they share, read from the code's own imports. An arrow means *builds on*.", picture]
+        parts += [
+            "## The engine",
+            "Methods, and the modules that they share, read from the code's own imports. An arrow means *builds on*.",
+            picture,
+        ]
     if compared := [c for c in atlas.comparisons if c.entry.room == id]:
         parts += ["## Comparisons", card_list(here, compared)]
     if rest := [one for one in working if one.id not in pick]:
         parts += ["## Working", card_list(here, rest)]
     if planned := [one for one in papers if one.status == "planned"]:
-        parts += ["## Planned", card_list(here, planned)]
+        parts += ["## Planned", card_list(here, planned, kind="compact")]
     if source_file(f"neurarium.{id}") is not None:
         parts.append(f"[The room's modules in the reference](../reference/{id}.md)")
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -131,32 +150,13 @@ def room_index(atlas: Atlas) -> str:
             f'<p>{e(room(id).purpose)}</p><p class="meta">{len(papers)} papers, {working} working</p>{bar}</li>'
         )
     lead = '<p class="lead">A room is a field of work with an engine of its own, which its papers share.</p>'
-    return "\n\n".join([_front("Rooms", "The rooms of the atlas."), "# Rooms", lead, f'<ul class="rooms">{"".join(items)}</ul>']) + "\n"
-
-
-def scoreboard(atlas: Atlas) -> str:
-    """How all claims fared, how long the runs took, on what machine; and every claim that did not hold."""
-    here = "scoreboard.html"
-    measured = [one for one in atlas.facts if one.record is not None]
-    totals = Counter(v.verdict for one in measured for v in one.verdicts)
-    parts = [_front("Scoreboard", "How the claims fared, all of them."), "# Scoreboard"]
-    if not measured:
-        parts.append('<p class="lead">No record is published yet. `neurarium run ID --publish` makes one.</p>'.replace("`", ""))
-        return "\n\n".join(parts) + "\n"
-    parts.append(
-        f'<p class="lead">{sum(totals.values())} claims of {len(measured)} papers, judged on the 95 % interval over seeds. What failed is listed below, none is hidden.</p>'
-    )
-    tiles = "".join(f'<li class="{name.replace(" ", "-")}"><b>{totals[name]}</b>{pill(name)}</li>' for name in VERDICTS if totals[name] or name != "not judged")
-    parts += [f'<ul class="tiles">{tiles}</ul>', stack({name: totals[name] for name in VERDICTS}, "All claims"), "## By room", _by_room(atlas, here)]
-    parts += ["## Claims that did not hold", _not_held(measured, here), "## How long a measurement takes", _times(measured, here)]
-    parts += ["## On which machine", _machines(measured)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([front("Rooms", "The rooms of the atlas."), "# Rooms", lead, f'<ul class="rooms">{"".join(items)}</ul>']) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts of a paper's page
 
 
-def _front(title: str, description: str) -> str:
+def front(title: str, description: str) -> str:
     """Escaped here, because the theme does not."""
     import json
 
@@ -173,14 +173,15 @@ def _md(text: str) -> str:
 def _head(one: Facts, atlas: Atlas) -> str:
     paper = one.entry
     assert isinstance(paper, Paper)
-    crumbs = f'{link(one.url, "index.html", "Papers")} <span aria-hidden="true">/</span> {link(one.url, f"rooms/{paper.room}.html", room(paper.room).name)}'
+    where = link(one.url, f"rooms/{paper.room}.html", room(paper.room).name)
+    crumbs = f'{link(one.url, "index.html", "Papers")} <span aria-hidden="true">/</span> {where}'
+    dot = f'<span class="dot" aria-hidden="true" style="--hue:{hue(list(atlas.rooms), paper.room)}"></span>'
     facts = [str(paper.year) if paper.year else "", paper.role, f"from {paper.package}" if paper.package != "neurarium" else ""]
     if one.record is not None:
         facts.append(_EVIDENCE[one.record.evidence].lower())
     meta = " · ".join(e(fact) for fact in facts if fact)
     return (
-        f'<p class="crumbs" style="--hue:{hue(list(atlas.rooms), paper.room)}"><span class="dot" aria-hidden="true"></span>{crumbs}</p>\n\n# {_md(paper.title)}\n\n'
-        f'<p class="meta">{meta}</p>\n\n<p class="badges">{badges(one)}</p>'
+        f'<p class="crumbs">{dot}{crumbs}</p>\n\n# {_md(paper.title)}\n\n<p class="meta">{meta}</p>\n\n<p class="badges">{badges(one)}</p>'
     )
 
 
@@ -192,7 +193,7 @@ def _figure(one: Facts, atlas: Atlas) -> str:
     count = len(one.record.seeds)
     return (
         f'<figure class="record"><img src="{rel(one.url, one.figure)}" {size(atlas.figures[one.figure])} '
-        f'alt="Figure of the record of {e(one.id)}: {e(title)}. Arms: {e(arms)}; {count} seeds. The table below holds the measured claims.">'
+        f'alt="Figure of the record of {e(one.id)}: {e(title)}. Arms: {e(arms)}; {count} seeds. The table below has the numbers.">'
         f"<figcaption>Drawn from the record alone: {count} seeds, {e(one.record.scale)} scale, arms {e(arms)}.</figcaption></figure>"
     )
 
@@ -200,8 +201,9 @@ def _figure(one: Facts, atlas: Atlas) -> str:
 def _evidence(one: Facts) -> str:
     record = one.record
     assert record is not None
-    note = f" {e(record.evidence_note)}." if record.evidence_note else ""
-    return f'<p class="evidence {record.evidence}"><b>{_EVIDENCE[record.evidence]}</b>, {_EVIDENCE_MEANS[record.evidence]}.{note.replace("..", ".")}</p>'
+    note = f" {e(record.evidence_note).rstrip('.')}." if record.evidence_note else ""
+    said = f"<b>{_EVIDENCE[record.evidence]}</b>, {_EVIDENCE_MEANS[record.evidence]}.{note}"
+    return f'<p class="evidence {record.evidence}">{said}</p>'
 
 
 def _claims(one: Facts) -> str:
@@ -214,27 +216,32 @@ def _claims(one: Facts) -> str:
         null = {True: "fails, as it must", False: "holds too: parity", None: "cannot be told"}[v.null_fails]
         null_value = f"<small>at {number(v.null_measured)}</small>" if v.null_measured is not None else ""
         reason = f"<small>{e(v.reason)}</small>" if v.reason else ""
-        rows.append(
-            f'<tr class="{v.verdict.replace(" ", "-")}"><th scope="row">{e(v.says)}{reason}</th><td data-label="The paper">{e(v.reported)}</td>'
-            f'<td data-label="Here" class="here"><b>{number(v.measured)}</b>{ends}{whisker(v)}<small>holds where {e(v.holds)}</small></td>'
-            f'<td data-label="Seeds">{v.n}</td><td data-label="Verdict">{pill(v.verdict)}{noise}</td><td data-label="Null check">{null}{null_value}</td></tr>'
-        )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "The paper", "Here", "Seeds", "Verdict", "Null check"))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Claims"><table class="data claims"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>\n\n'
-        '<p class="legend"><span class="key region"></span> where the claim holds <span class="key seed"></span> a seed <span class="key interval"></span> mean and 95 % interval '
-        '<span class="key null"></span> the baseline in the method\'s place</p>'
-    )
+        cells = {
+            "The paper": e(v.reported),
+            "Here": f'<div class="here"><b>{number(v.measured)}</b>{ends}{whisker(v)}<small>holds where {e(v.holds)}</small></div>',
+            "Seeds": v.n,
+            "Verdict": pill(v.verdict) + noise,
+            "Null check": null + null_value,
+        }
+        rows.append(table_row(e(v.says) + reason, cells, v.verdict.replace(" ", "-")))
+    names = ("Claim", "The paper", "Here", "Seeds", "Verdict", "Null check")
+    keys = {
+        "region": "where the claim holds",
+        "seed": "a seed",
+        "interval": "mean and 95 % interval",
+        "null": "the baseline in the method's place",
+    }
+    legend = " ".join(f'<span class="key {kind}"></span> {words}' for kind, words in keys.items())
+    return f'{framed("Claims", names, "".join(rows), "claims")}\n\n<p class="legend">{legend}</p>'
 
 
 def _promises(paper: Paper) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{e(c.says)}</th><td data-label="The paper">{e(c.reported)}</td><td data-label="Measure"><code>{e(c.measure)}</code></td>'
-        f'<td data-label="Holds where">{e(c.holds)}</td></tr>'
+        table_row(e(c.says), {"The paper": e(c.reported), "Measure": f"<code>{e(c.measure)}</code>", "Holds where": e(c.holds)})
         for c in paper.claims
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "The paper", "Measure", "Holds where"))
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Claims"><table class="data"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    names = ("Claim", "The paper", "Measure", "Holds where")
+    return framed("Claims", names, rows)
 
 
 def _names(one: Facts, paper: Paper) -> str:
@@ -296,7 +303,11 @@ def _neighbours(one: Facts, atlas: Atlas) -> str:
     def near(other: Facts) -> tuple:
         return (-len(words & set(str(getattr(other.entry, "title", "")).lower().split())), *order(other))
 
-    role = [o for o in sorted(atlas.facts, key=near) if getattr(o.entry, "role", "") == paper.role and o.id != one.id and o.entry.room != paper.room][:4]
+    role = [
+        o
+        for o in sorted(atlas.facts, key=near)
+        if getattr(o.entry, "role", "") == paper.role and o.id != one.id and o.entry.room != paper.room
+    ][:4]
     same = [o for o in sorted(atlas.rooms[paper.room], key=near) if o.id != one.id][:5]
     parts = ["## Neighbours"]
     if compared:
@@ -306,80 +317,6 @@ def _neighbours(one: Facts, atlas: Atlas) -> str:
     if role:
         parts += [f"### In the same role: {paper.role}", card_list(one.url, role)]
     return "\n\n".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------------------ parts of the scoreboard
-
-
-def _by_room(atlas: Atlas, here: str) -> str:
-    rows = ""
-    for id, papers in atlas.rooms.items():
-        counts = Counter(v.verdict for one in papers for v in one.verdicts)
-        if not counts:
-            continue
-        measured = sum(one.record is not None for one in papers)
-        cells = "".join(f'<td data-label="{name.capitalize()}">{counts[name]}</td>' for name in VERDICTS)
-        bar = stack({name: counts[name] for name in VERDICTS}, room(id).name)
-        rows += (
-            f'<tr><th scope="row">{link(here, f"rooms/{id}.html", room(id).name)}</th><td data-label="Papers measured">{measured} of {len(papers)}</td>'
-            f'{cells}<td data-label="Share">{bar}</td></tr>'
-        )
-    names = ("Room", "Papers measured", *(name.capitalize() for name in VERDICTS), "Share")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Claims by room"><table class="data"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _not_held(measured: Sequence[Facts], here: str) -> str:
-    from neurarium.lab.report import number
-
-    items = []
-    for name in ("failed", "weaker", "not judged"):
-        for one in measured:
-            for v in one.verdicts:
-                if v.verdict == name:
-                    ends = f" ({number(v.interval[0])} to {number(v.interval[1])})" if v.interval else ""
-                    why = f'<span class="why">{e(v.reason)}</span>' if v.reason else ""
-                    noise = ", within noise" if v.within_noise else ""
-                    items.append(
-                        f'<li>{pill(name)} <b>{e(v.says)}</b><span class="meta">{link(here, one.url, one.id)}: measured {number(v.measured)}{ends}, '
-                        f"holds where {e(v.holds)}{noise}. The paper: {e(v.reported)}</span>{why}</li>"
-                    )
-    return f'<ul class="verdicts">{"".join(items)}</ul>' if items else "<p>Every measured claim held.</p>"
-
-
-def _times(measured: Sequence[Facts], here: str) -> str:
-    """A row a paper, its work on a logarithmic scale."""
-    times = sorted(((one.record.seconds, one) for one in measured if one.record), key=lambda pair: pair[0])
-    seconds = [t for t, _ in times]
-    middle = seconds[len(seconds) // 2]
-    top = max(math.log10(max(seconds[-1], 1) + 1), 1e-9)
-    rows = "".join(
-        f'<li>{link(here, one.url, one.id)}<span class="time"><span style="width:{100 * math.log10(t + 1) / top:.1f}%"></span></span><span class="meta">{duration(t)}</span></li>'
-        for t, one in times
-    )
-    return (
-        f"<p>Work over all arms and seeds, one after another: median <b>{duration(middle)}</b>, longest <b>{duration(seconds[-1])}</b>, together "
-        f'<b>{duration(sum(seconds))}</b>. Bars are on a logarithmic scale.</p>\n\n<ul class="times">{rows}</ul>'
-    )
-
-
-def _machines(measured: Sequence[Facts]) -> str:
-    rows: Counter[tuple[str, ...]] = Counter()
-    for one in measured:
-        record = one.record
-        assert record is not None
-        machine = record.machine
-        versions = ", ".join(f"{name} {value}" for name, value in sorted(record.versions.items()) if name != "neurarium")
-        rows[(str(machine.get("cpu", "unknown")), str(machine.get("cores", machine.get("cpus", "?"))), record.device, versions)] += 1
-    body = "".join(
-        f'<tr><th scope="row">{e(cpu)}</th><td data-label="Cores">{e(cores)}</td><td data-label="Device">{e(device)}</td><td data-label="Versions">{e(versions)}</td><td data-label="Records">{count}</td></tr>'
-        for (cpu, cores, device, versions), count in rows.most_common()
-    )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Processor", "Cores", "Device", "Versions", "Records"))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Machines"><table class="data"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n\n'
-        f'<p class="meta">Pages generated by neurarium {__version__}.</p>'
-    )
 
 
 def roles_table(atlas: Atlas, here: str) -> str:
@@ -392,33 +329,6 @@ def roles_table(atlas: Atlas, here: str) -> str:
         count = sum(getattr(one.entry, "role", "") == role for one in atlas.facts)
         checks = checks_for(role)
         names = ", ".join(f"<span>{e(name)}</span>" for name in checks) or "none: its experiment is its proof"
-        rows += (
-            f'<tr><th scope="row"><a href="{rel(here, "index.html")}#role={role}">{role}</a></th><td data-label="Form">{e(CONTRACT[role])}</td>'
-            f'<td data-label="Checks">{names}</td><td data-label="Papers">{count}</td></tr>'
-        )
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Role", "What it looks like", "Conformance checks", "Papers"))
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Roles"><table class="data"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def reference_pages() -> dict[str, str]:
-    """Page below ``reference/`` -> Markdown that mkdocstrings fills: a page a package, a section a module."""
-    import neurarium
-
-    file = source_file("neurarium")
-    assert file is not None and neurarium is not None
-    pages: dict[str, str] = {}
-    packages = sorted(p for p in file.parent.iterdir() if (p / "__init__.py").is_file() and p.name not in ("experiments", "site"))
-    single = ["roles", "errors"]
-    for name in (*single, *(p.name for p in packages)):
-        modules = [f"neurarium.{name}"]
-        if name not in single:
-            folder = file.parent / name
-            found = (path for path in sorted(folder.rglob("*.py")) if not path.name.startswith("_") and "examples" not in path.parts)
-            modules += [".".join((f"neurarium.{name}", *path.relative_to(folder).with_suffix("").parts)) for path in found]
-        title = room(name).name if name not in (*single, "catalog", "data", "lab", "meter", "testing") else name
-        body = "\n\n".join(f"::: {module}" for module in modules)
-        pages[f"reference/{name}.md"] = f'---\ntitle: "neurarium.{name}"\n---\n\n# neurarium.{name}\n\n{body}\n'
-        del title
-    items = "\n".join(f"- [`neurarium.{p.removeprefix('reference/').removesuffix('.md')}`]({p.removeprefix('reference/')}): {first_line('neurarium.' + p.removeprefix('reference/').removesuffix('.md'))}" for p in pages)
-    pages["reference/index.md"] = f"---\ntitle: Reference\n---\n\n# Reference\n\nEvery public class and function, from its own docstring.\n\n{items}\n"
-    return pages
+        head = f'<a href="{rel(here, "index.html")}#role={role}">{role}</a>'
+        rows += table_row(head, {"What it looks like": e(CONTRACT[role]), "Conformance checks": names, "Papers": count})
+    return framed("Roles", ("Role", "What it looks like", "Conformance checks", "Papers"), rows)

@@ -43,22 +43,28 @@ def engine(id: str, papers: list[Facts]) -> str:
     modules = _modules(package)
     used = {module: {name for name in imports(module) if name in modules and name != module} for module in modules}
     shared = {module: sum(module in names for names in used.values()) for module in modules}
-    methods = {str(one.entry.use).partition(":")[0]: one for one in papers if getattr(one.entry, "use", None)}
+    methods = {use.partition(":")[0]: one for one in papers if (use := getattr(one.entry, "use", None))}
     chosen = [m for m in modules if m in methods or shared[m]]
     chosen.sort(key=lambda m: (m not in methods, -shared[m]))
     chosen = [m for m in modules if m in set(chosen[:MOST])]
     if not any(m in methods for m in chosen):
         return ""
-    below = sorted({base for m in chosen for base in FOUNDATION for name in imports(m) if base != package and (name + ".").startswith(base + ".")})
+    below = sorted(
+        {base for m in chosen for base in FOUNDATION for name in imports(m) if base != package and (name + ".").startswith(base + ".")}
+    )
     nodes = {m: (m.removeprefix(package + "."), _short(m)) for m in chosen} | {b: (b.removeprefix("neurarium."), _short(b)) for b in below}
     edges = [(m, u) for m in chosen for u in sorted(used[m]) if u in nodes]
     edges = _reduced(edges)
     feet = {m for m in chosen if not any(a == m for a, _ in edges)}
     edges += [(m, b) for m in chosen for b in below if m in feet and any((n + ".").startswith(b + ".") for n in imports(m))]
-    edges += [(m, b) for b in below if not any(y == b for _, y in edges) for m in chosen if any((n + ".").startswith(b + ".") for n in imports(m))][:2]
+    edges += [
+        (m, b) for b in below if not any(y == b for _, y in edges) for m in chosen if any((n + ".").startswith(b + ".") for n in imports(m))
+    ][:2]
     kinds = {m: "method" if m in methods else "shared" for m in chosen} | dict.fromkeys(below, "base")
     links = {m: f"../{methods[m].url}" for m in chosen if m in methods}
-    return diagram(nodes, edges, title=f"The engine of the room {id}: its methods above the modules that they share", kinds=kinds, links=links)
+    return diagram(
+        nodes, edges, title=f"The engine of the room {id}: its methods above the modules that they share", kinds=kinds, links=links
+    )
 
 
 def _modules(package: str) -> list[str]:
