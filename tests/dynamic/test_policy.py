@@ -13,7 +13,7 @@ from neurarium.dynamic.exits import EarlyExit
 from neurarium.dynamic.gates import Entropy, Gate, Margin, MaxProb, Patience
 from neurarium.errors import BadInput
 from neurarium.roles import Outcome
-from neurarium.testing import policy as checks
+from neurarium.testing import exits as checks
 from neurarium.testing.examples.dynamic import _batch, jei_dnn
 
 

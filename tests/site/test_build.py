@@ -76,9 +76,8 @@ def test_no_internal_link_is_broken(built, parsed):
             if parts.scheme or parts.netloc:
                 continue
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
-            if not target.is_file() or (
-                parts.fragment and target in parsed and target.name != "index.html" and unquote(parts.fragment) not in parsed[target].ids
-            ):
+            anchor = "" if target.name == "index.html" else unquote(parts.fragment)  # the gallery's own script reads it there
+            if not target.is_file() or (anchor and target in parsed and anchor not in parsed[target].ids):
                 broken.append((str(file.relative_to(built.folder)), address))
     assert not broken, f"{len(broken)} broken links: {broken[:20]}"
 

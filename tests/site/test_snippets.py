@@ -87,7 +87,7 @@ def test_code_of_contributing_runs(here, monkeypatch):
     method.TinyRule = Backprop  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "neurarium.learn.tiny_rule", method)
     experiment, example = (code for _, code in blocks(ROOT / "CONTRIBUTING.md"))
-    net = "\n\ndef make_model():\n    from torch import nn\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))\n"
+    net = "\n\ndef make_model():\n    from torch import nn\n\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     (here / "tiny_rule_experiment.py").write_text(experiment + net, encoding="utf-8")
     loaded = load_files([here / "learn.toml"]).get("tiny-rule")
     import dataclasses

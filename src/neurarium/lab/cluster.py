@@ -37,7 +37,7 @@ class Ray:
         """Run all units; events reach ``emit`` in the calling thread."""
         ray, ours = self.ray, not self.ray.is_initialized()
         if ours:
-            ray.init(address=self.address, include_dashboard=False, log_to_driver=False, **_here(self.address))
+            ray.init(address=self.address or "local", include_dashboard=False, log_to_driver=False, **_here(self.address))
         try:
             available = int(ray.cluster_resources().get("CPU", 1))
             streams = {}

@@ -45,7 +45,7 @@ class ArmRun:
     arm: str
     status: str  # done or crashed
     metrics: Mapping[str, Value] = field(default_factory=dict)
-    timed: tuple[str, ...] = ()  # the metrics that are wall-clock seconds, and so differ from run to run
+    timed: tuple[str, ...] = ()  # the metrics and curves that a clock measured, and that so differ from run to run
     curves: Mapping[str, Curve] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
     error: str | None = None  # the traceback of a crash, without machine paths
@@ -79,15 +79,16 @@ class ArmRun:
             row.fail("status", "must be 'done' or 'crashed'")
         metrics = row.mapping("metrics", _value)
         timed = tuple(row.items("timed", lambda item, w: _name(item, w), MAX_METRICS, default=True))
-        if missing := [name for name in timed if name not in metrics]:
-            row.fail("timed", f"names {missing[0]!r}, which is no metric")
+        curves = row.mapping("curves", _curve, default=True)
+        if missing := [name for name in timed if name not in metrics and name not in curves]:
+            row.fail("timed", f"names {missing[0]!r}, which is no metric and no curve")
         run = cls(
             seed=row.integer("seed", 0, 2**31),
             arm=row.name("arm"),
             status=status,
             metrics=metrics,
             timed=timed,
-            curves=row.mapping("curves", _curve, default=True),
+            curves=curves,
             grids=row.mapping("grids", _grid, default=True),
             error=row.text("error", default=None),
         )
@@ -180,13 +181,19 @@ class Record:
         arms = [(run.seed, run.arm, run.error or "") for run in self.runs if run.status == "crashed"]
         return [*arms, *((seed.seed, None, seed.error) for seed in self.seeds if seed.error is not None)]
 
+    @property
+    def stand_in(self) -> str:
+        """What this run used in place of what the evidence note names; empty if nothing."""
+        return "; ".join(sorted({str(seed.machine["stand_in"]) for seed in self.seeds if "stand_in" in seed.machine}))
+
     def same_measurements(self, other: Record) -> bool:
         """Whether both measured the same, seconds aside."""
         return bool(self._timeless() == other._timeless())
 
     def _timeless(self) -> Any:
         def stripped(run: ArmRun) -> dict[str, Any]:
-            return {**run.to_dict(), "metrics": {k: v for k, v in run.metrics.items() if k not in run.timed}}
+            timeless = {kind: {k: v for k, v in getattr(run, kind).items() if k not in run.timed} for kind in ("metrics", "curves")}
+            return {**run.to_dict(), **timeless}
 
         runs = sorted((stripped(run) for run in self.runs), key=lambda r: (r["seed"], r["arm"]))
         head = (self.id, self.kind, self.scale, self.fingerprint, [(s.seed, s.arms, s.error) for s in self.seeds])

@@ -53,6 +53,8 @@ def publish(record: Record, root: Path | str | None = None) -> Path:
     """Put a laptop record among the published ones, in the place of the one that is there."""
     if record.scale != "laptop":
         raise RecordError(f"{record.id}: a {record.scale} record is not published; run it at laptop scale")
+    if record.stand_in:
+        raise RecordError(f"{record.id}: a record of a stand-in is not published ({record.stand_in})")
     folder = make_folder(Path(root) if root is not None else _writable_root(), check_id(record.room, "room"))
     name = f"compare-{record.id}" if record.kind == "comparison" else record.id
     return record.save(folder / f"{check_id(name)}.json")

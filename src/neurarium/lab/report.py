@@ -60,8 +60,8 @@ def report(record: Record, paper: Subject) -> Report:
         arxiv = f"arXiv:{paper.arxiv}" if paper.arxiv else ""
         title, source, table = paper.title, ", ".join(filter(None, (paper.id, paper.role, str(paper.year or ""), arxiv))), _claims(verdicts)
     note = f" {record.evidence_note}" if record.evidence_note else ""
-    if other := record.machine.get("stand_in"):
-        note += f" This run: {other}."
+    if record.stand_in:
+        note += f" This run: {record.stand_in}."
     crashes = [
         f"seed {seed}, {f'arm {arm}' if arm else 'outside its arms'} crashed: {error.splitlines()[-1]}"
         for seed, arm, error in record.crashes

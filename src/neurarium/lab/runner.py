@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -160,8 +161,10 @@ class _Job:
         self.versions = versions()
         self.settings: dict[str, Any] = {"name": self.name, "scale": self.scale, "device": self.device, "fingerprint": self.fingerprint}
         self.settings |= {package: self.versions[package] for package in ("python", "torch", "numpy")}
-        if self.subject.timed:
-            self.settings["threads"] = self.threads
+        if not self.subject.timed:
+            self.threads = 1  # whatever runs beside it: sums in another order would change the last digits
+        self.settings["threads"] = self.threads
+        self.settings["data"] = os.environ.get("NEURARIUM_DATA", "")  # other data, other measurements
 
     def open(self, waited: bool, fresh: bool) -> None:
         """Take what earlier runs left. After waiting for another run, its record is ours too, whatever crashed in it."""
@@ -173,6 +176,8 @@ class _Job:
             self.result = found
         ended, runs = self.folder.load(self.settings)
         self.runs = {at: part for at, part in runs.items() if at[0] in self.seeds and part.status == "done"}
+        if any("stand_in" in s.machine for s in ended.values()):  # never mix two sources of data in one record
+            ended, self.runs = {}, {}
         whole = (s for s in ended.values() if s.error is None and all((s.seed, arm) in self.runs for arm in s.arms))
         self.ended = {s.seed: s for s in whole if s.seed in self.seeds}
 
@@ -184,7 +189,8 @@ class _Job:
         same = all(record.versions.get(package) == self.settings[package] for package in ("python", "torch", "numpy"))
         same &= (record.fingerprint, record.device, record.scale) == (self.fingerprint, self.device, self.scale)
         same &= tuple(seed.seed for seed in record.seeds) == self.seeds and record.id == self.subject.id
-        same &= not self.subject.timed or record.machine.get("threads") == self.threads
+        same &= record.machine.get("threads") == self.threads
+        same &= not record.stand_in  # what stood in may be there by now
         return record if same else None
 
     def units(self) -> list[Unit]:

@@ -59,12 +59,19 @@ class Arm:
             self._new(name, self._metrics, "metric")
             self._metrics[name] = as_value(value, f"arm {self.name!r}: metric {name!r}")
 
-    def curve(self, name: str, x: Any = None, y: Any = None) -> None:
-        """Record a series for figures. ``x`` may be left out; more than 400 points are thinned evenly."""
+    def log_timed(self, **metrics: Any) -> None:
+        """:meth:`log` for what a clock measured: it differs from run to run, and comparing two records leaves it out."""
+        self.log(**metrics)
+        self._timed += metrics
+
+    def curve(self, name: str, x: Any = None, y: Any = None, *, timed: bool = False) -> None:
+        """Record a series for figures. ``x`` may be left out; more than 400 points are thinned evenly. ``timed``: see :meth:`log_timed`."""
         self._new(name, self._curves, "curve")
         if y is None:
             raise BadInput(f"arm {self.name!r}: curve {name!r} has no y")
         self._curves[name] = as_curve(x, y, f"arm {self.name!r}: curve {name!r}")
+        if timed:
+            self._timed.append(name)
 
     def grid(self, name: str, values: Any) -> None:
         """Record a picture, 2-D; more than 96 cells a side are averaged over blocks. Stored to one part in 254 of its range."""

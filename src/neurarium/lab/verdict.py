@@ -142,6 +142,8 @@ def _null(expression: Expression, bound: Bound, record: Record, null: Mapping[st
         return None, None, "no null check: the baseline did not log what the measure reads"
     if missing:
         return None, None, "no null check: the baseline crashed"
+    if not all(math.isfinite(value) for value in values.values()):
+        return None, None, "no null check: the measure is not finite with the baseline in the method's place"
     mean, low, high = interval(list(values.values()))
     return not bound.contains_interval(low, high), mean, ""
 

@@ -48,8 +48,6 @@ class PaperReport:
             "seconds": None if self.record is None else round(self.record.seconds, 3),
             "seeds": 0 if self.record is None else len(self.record.seeds),
             "claims": [verdict.to_dict() for verdict in self.claims],
-            "why": self.why,
-            "moved": list(self.moved),
         }
 
 
@@ -102,6 +100,8 @@ def _fault(record: Record, verdicts: Iterable[Verdict]) -> str:
     """Why a record is no evidence; empty if it is."""
     if record.scale != "laptop":
         return f"it is at {record.scale} scale"
+    if record.stand_in:
+        return f"it was measured on a stand-in: {record.stand_in}"
     if len(record.seeds) < MIN_SEEDS:
         return f"it has {len(record.seeds)} seeds, fewer than {MIN_SEEDS}"
     if failed := [str(seed.seed) for seed in record.seeds if seed.error is not None]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from neurarium.errors import BadInput
 from neurarium.roles import Outcome
 from neurarium.testing.example import Example, Skipped
+from neurarium.testing.exits import check_policy
 from neurarium.testing.modules import build, feed, to_dtype
 from neurarium.testing.state import assert_same, close, unchanged_rng
 
@@ -130,6 +131,14 @@ def cuda(example: Example) -> None:
     assert close(got.output.cpu(), want.output, rtol=5e-3, atol=5e-3), "the policy gives another output on CUDA"
 
 
+def stops_early(example: Example) -> None:
+    """A policy over stages keeps the stricter contract of :mod:`neurarium.testing.exits` (three modes of execution, thresholds, errors)."""
+    policy, inputs = build(example).eval(), feed(example, 16)
+    if not (hasattr(policy, "costs") and hasattr(policy, "outputs") and len(inputs) == 1):
+        raise Skipped("the policy does not stop early along stages")
+    check_policy(policy, inputs[0])
+
+
 CHECKS = {
     "forward_is_decide": forward_is_decide,
     "cost_is_true": cost_is_true,
@@ -138,5 +147,6 @@ CHECKS = {
     "keeps_state": keeps_state,
     "dtypes": dtypes,
     "deterministic": deterministic,
+    "stops_early": stops_early,
     "cuda": cuda,
 }

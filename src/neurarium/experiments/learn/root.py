@@ -102,7 +102,7 @@ def run(trial: Trial) -> None:
             arm.log(cosine=cosines[0 if arm.name == "muon" else 4])
             arm.curve("cosine", x=[1, 0.999, 0.99, 0.95, 0.9, 0.8, 0.6], y=cosines)
             seconds = trial.shared("step_seconds", lambda: step_seconds(symbols, trial.device, trial.scale(smoke=2, laptop=30)))
-            arm.log(step_seconds=seconds[arm.name])
+            arm.log_timed(step_seconds=seconds[arm.name])
         if arm.name == "classic":
             continue
         for condition, noisy in (("clean", False), ("noisy", True)):

@@ -98,7 +98,7 @@ def run(trial: Trial) -> None:
         arm.log(error=median(watch.errors[-5:]), residual=solution.residual())
         arm.log(minus_log_error=[-math.log(e) for e in watch.errors], min_weight=watch.min_weight())
         arm.curve("error", watch.steps, watch.errors)
-        arm.curve("error_by_seconds", watch.seconds, watch.errors)
+        arm.curve("error_by_seconds", watch.seconds, watch.errors, timed=True)
         arm.curve("error_over_time", *_error_over_time(problem, solution))
         if watch.weights:
             arm.grid("weights", torch.stack(watch.weights))

@@ -45,8 +45,8 @@ def run(trial: Trial) -> None:
         if arm.name in ("ols_lstsq", "ols_normal", "yule_walker", "arnet"):
             arm.log(**equality(estimate, n, epochs, trial.seed))
             seconds = time_by_order(estimate, n, orders, trial.seed)
-            arm.log(slope=np.polyfit(np.log(orders[-4:]), np.log(seconds[-4:]), 1)[0], fit_seconds=seconds)  # 200 to 1600
-            arm.curve("seconds_by_order", orders, seconds)
+            arm.log_timed(slope=np.polyfit(np.log(orders[-4:]), np.log(seconds[-4:]), 1)[0], fit_seconds=seconds)  # 200 to 1600
+            arm.curve("seconds_by_order", orders, seconds, timed=True)
         if arm.name in ("ols_lstsq", "arnet", "sparse", "l1", "lasso_cv"):
             metrics, coefficients = selection(estimate, n, epochs, trial)
             arm.log(**metrics)
