@@ -188,3 +188,11 @@ def test_diagrams_stand_above_what_they_point_to_and_are_escaped():
     svg = from_mermaid('flowchart TD\n  a["one"]\n  b["two: words"]\n  a --> b & c --> d\n', "T")
     assert svg.count("<rect") == 4 and svg.count('class="edge"') == 4
     assert diagram({"a": ("A", ""), "b": ("B", "")}, [("a", "b"), ("b", "a")], title="circle").count("<rect") == 2
+
+
+def test_the_reference_shows_each_thing_once(built):
+    page = text(built, "reference/learn.html")
+    assert 'id="neurarium.learn.mono_forward.MonoForward"' in page and page.count('class="doc doc-heading"') == len(
+        set(re.findall(r'<h\d id="([^"]+)" class="doc doc-heading"', page))
+    )
+    assert 'id="neurarium.learn.MonoForward"' not in re.sub(r"<a id=[^>]*>", "", page)

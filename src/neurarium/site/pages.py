@@ -201,8 +201,8 @@ def _figure(one: Facts, atlas: Atlas) -> str:
 def _evidence(one: Facts) -> str:
     record = one.record
     assert record is not None
-    note = f" {e(record.evidence_note).rstrip('.')}." if record.evidence_note else ""
-    said = f"<b>{_EVIDENCE[record.evidence]}</b>, {_EVIDENCE_MEANS[record.evidence]}.{note}"
+    note = f": {e(record.evidence_note).rstrip('.')}" if record.evidence_note else ""
+    said = f"<b>{_EVIDENCE[record.evidence]}</b>, {_EVIDENCE_MEANS[record.evidence]}{note}."
     return f'<p class="evidence {record.evidence}">{said}</p>'
 
 

@@ -79,7 +79,7 @@ def _modules(package: str) -> list[str]:
 
 
 def _short(module: str) -> str:
-    return first_line(module).rstrip(".").partition(":")[0]
+    return first_line(module).rstrip(".").partition(":")[0].partition(",")[0]
 
 
 def _reduced(edges: list[tuple[str, str]]) -> list[tuple[str, str]]:

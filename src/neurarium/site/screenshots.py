@@ -64,6 +64,7 @@ def screenshots(site: Path | str, out: Path | str, paper: str = "") -> list[Path
                 address = paper or page.get_attribute(".card.measured h3 a, .card h3 a", "href")
             page.goto(f"{site.as_uri()}/{address}")
             page.wait_for_load_state("networkidle")
+            page.evaluate("Promise.all([...document.images].map((i) => ((i.loading = 'eager'), i.decode())))")
             path = out / f"{name}.png"
             path.write_bytes(_small(page.screenshot()))
             written.append(path)
@@ -71,9 +72,11 @@ def screenshots(site: Path | str, out: Path | str, paper: str = "") -> list[Path
 
 
 def _small(png: bytes) -> bytes:
-    """In a palette, which these pages hardly need more than."""
+    """In a palette, if it is too large otherwise."""
     from PIL import Image
 
+    if len(png) < MAX_BYTES:
+        return png
     for colours in (256, 128, 64):
         buffer = io.BytesIO()
         Image.open(io.BytesIO(png)).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
