@@ -10,6 +10,8 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread a process: the tests run in two processes, and results do not depend on the number of cores.
 test check: export OMP_NUM_THREADS := 1
+# Data come from what is here (the dependencies embed some, NEURARIUM_DATA may name a folder); nothing is downloaded.
+run test check: export NEURARIUM_OFFLINE := 1
 test check: export MPLBACKEND := Agg
 
 .PHONY: run test check docs screenshots clean

@@ -25,19 +25,15 @@ def brute_force(rows: Tensor, w_bar: Tensor, k: int, ridge: float) -> float:
 
 
 def test_the_objective_is_never_below_brute_force_and_close_to_it() -> None:
-    gaps = []
-    for seed in range(50):
-        rows, w_bar = instance(seed)
-        best = brute_force(rows, w_bar, 4, 1e-3)
-        found = sparse_quadratic(rows, w_bar, 4, 1e-3)
-        assert int((found.w != 0).sum()) <= 4
-        assert found.objective >= best * (1 - 1e-5)
-        gaps.append(found.objective / best - 1)
-    assert sum(gap <= 0.01 for gap in gaps) >= 40, sorted(gaps)
-    assert sum(gaps) / 50 <= 0.05
-    plain = [sparse_quadratic(*instance(seed), 4, 1e-3, method="bso").objective for seed in range(50)]
-    searched = [sparse_quadratic(*instance(seed), 4, 1e-3).objective for seed in range(50)]
-    assert sum(searched) < 0.9 * sum(plain)
+    """Hard thresholding is a heuristic; with exchanges it ends within 1 % of the best of all 495 supports on most instances."""
+    best = [brute_force(*instance(seed), 4, 1e-3) for seed in range(50)]
+    found = {m: [sparse_quadratic(*instance(s), 4, 1e-3, method=m) for s in range(50)] for m in ("bso", "active", "exchange")}
+    for solutions in found.values():
+        assert all(int((x.w != 0).sum()) <= 4 and x.objective >= b * (1 - 1e-5) for x, b in zip(solutions, best, strict=True))
+    gap = {m: [x.objective / b - 1 for x, b in zip(solutions, best, strict=True)] for m, solutions in found.items()}
+    assert sum(g <= 0.01 for g in gap["exchange"]) >= 40, sorted(gap["exchange"])
+    assert sum(gap["exchange"]) < 0.5 * sum(gap["active"])
+    assert sum(gap["active"]) < sum(gap["bso"])
 
 
 def test_with_all_weights_allowed_nothing_changes() -> None:
@@ -49,7 +45,7 @@ def test_with_all_weights_allowed_nothing_changes() -> None:
 def test_for_orthogonal_gradients_the_largest_weights_are_optimal() -> None:
     q = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))[0]
     w_bar = torch.randn(12, generator=torch.Generator().manual_seed(2))
-    for method in ("active", "bso", "cd"):
+    for method in ("active", "bso", "cd", "exchange"):
         found = sparse_quadratic(q, w_bar, 5, 1e-3, method=method)
         assert set(found.support.tolist()) == set(w_bar.abs().topk(5).indices.tolist())
         torch.testing.assert_close(found.w[found.support], w_bar[found.support], rtol=1e-4, atol=1e-5)
@@ -79,9 +75,9 @@ def test_q_never_rises() -> None:
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         rows, w_bar = torch.randn(30, 300, generator=g) * torch.rand(300, generator=g), torch.randn(300, generator=g)
-        for k in (20, 200):
-            history = sparse_quadratic(rows, w_bar, k, 1e-3).history
-            assert all(b <= a + 1e-6 * history[0] for a, b in pairwise(history)), history
+        for k, method, alpha in ((20, "active", None), (200, "exchange", None), (20, "exchange", -5 * torch.rand(300, generator=g))):
+            history = sparse_quadratic(rows, w_bar, k, 1e-3, alpha, method=method).history
+            assert all(b <= a + 1e-6 * abs(history[0]) for a, b in pairwise(history)), history
 
 
 def test_one_weight_removed_is_the_optimal_brain_surgeon() -> None:
@@ -163,6 +159,54 @@ def test_stages_take_gradients_anew_and_prune_monotonically() -> None:
         assert not (second.masks[name] & ~first.masks[name]).any()
 
 
+def test_stages_differ_from_one_plan_at_the_same_sparsity() -> None:
+    model = network()
+    one, three = (chita(model, batches(), sparsity=0.8, samples=64, stages=n) for n in (1, 3))
+    assert not torch.equal(one[4].mask, three[4].mask)
+
+
+def test_the_gradient_of_q_is_autograds_with_the_linear_term() -> None:
+    rows, w_bar = instance(8)
+    alpha = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    problem, w = _Quadratic(rows, w_bar, 1e-2, alpha), torch.randn(12, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    d = w - w_bar
+    q = 0.5 * ((rows @ d) ** 2).sum() + alpha @ w + 0.5 * len(rows) * 1e-2 * (d @ d)
+    q.backward()
+    g, value = problem.gradient(w.detach())
+    torch.testing.assert_close(g, w.grad, rtol=1e-4, atol=1e-4)
+    assert abs(value - q.item()) < 1e-3
+    solved = problem.back_solve(torch.arange(5))
+    at_minimum, _ = problem.gradient(solved)
+    assert at_minimum[:5].abs().max() < 1e-3  # stationary on the support, linear term included
+
+
+def test_diagonal_fisher_keeps_the_largest_saliencies() -> None:
+    from neurarium.compress import diagonal_fisher
+
+    model, data = network(), batches()
+    x, y = torch.cat([b[0] for b in data]), torch.cat([b[1] for b in data])
+    rows = per_sample_grads(model, x, y, names=["0.weight", "4.weight"])
+    w = torch.cat([model[0].weight.detach().flatten(), model[4].weight.detach().flatten()])
+    score = w**2 * torch.stack([row**2 for row in rows]).mean(0)
+    result = diagonal_fisher(model, data, sparsity=0.5, samples=64)
+    kept = torch.cat([result[0].mask.flatten(), result[4].mask.flatten()])
+    assert score[kept].min() >= score[~kept].max() * (1 - 1e-5)
+
+
+def test_woodfisher_removing_one_weight_is_the_closed_form() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    data = [(torch.randn(40, 4), torch.randint(0, 3, (40,)))]
+    rows = per_sample_grads(model, *data[0], names=["0.weight"]).double()
+    inverse = torch.linalg.inv(rows.T @ rows / 40 + 1e-2 * torch.eye(12, dtype=torch.float64))
+    w = model[0].weight.detach().double().flatten()
+    q = int((w**2 / inverse.diagonal()).argmin())
+    want = w - inverse[:, q] * w[q] / inverse[q, q]
+    result = woodfisher(model, data, sparsity=1 / 12, samples=40, ridge=1e-2)
+    torch.testing.assert_close(result[0].weight.detach().double().flatten(), want, rtol=1e-3, atol=1e-4)
+    assert result[0].weight.flatten()[q] == 0
+
+
 def test_correcting_the_weights_beats_cutting_them_on_the_quadratic() -> None:
     model, (x, y) = network(), batches()[0]
     rows = per_sample_grads(model, x, y, names=["0.weight", "4.weight"])
@@ -188,6 +232,11 @@ def test_bad_input_is_named_and_the_model_untouched() -> None:
         chita(model, batches(), sparsity=0.9999, samples=8)
     with pytest.raises(BadInput, match="ridge"):
         chita(model, batches(), sparsity=0.5, ridge=0.0)
+    for bad_option in ({"block": 0}, {"chunk": 0}, {"stages": 0}, {"block": 10, "method": "cd"}):
+        with pytest.raises(BadInput, match=r"at least 1|goes with"):
+            chita(model, batches(), sparsity=0.5, **bad_option)
+    with pytest.raises(BadInput, match="no parameter"):
+        per_sample_grads(model, *batches()[0], names=["9.weight"])
     with pytest.raises(BadInput, match="method"):
         chita(model, batches(), sparsity=0.5, method="magic")
     with pytest.raises(BadInput, match="GiB"):

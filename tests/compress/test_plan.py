@@ -82,8 +82,13 @@ def test_a_shared_weight_is_planned_once_and_stays_shared() -> None:
     assert list(found) == ["0"]
     result = apply(model, plan_magnitude(model, sparsity=0.5))
     assert result[0] is result[2]
+    twins = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 2))
+    twins[2].weight = twins[0].weight
+    found, skipped = prunable(twins)
+    assert list(found) == ["3"]
+    assert "tied to 2" in skipped["0"]
     tied = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6), nn.Linear(6, 2))
     tied[1].weight = tied[0].weight
     found, skipped = prunable(tied)
     assert list(found) == ["2"]
-    assert "shared" in skipped["1"]
+    assert "tied to 0" in skipped["1"]

@@ -20,6 +20,8 @@ def test_smoke(paper: catalog.Paper, tmp_path: Path) -> None:
         if "MissingData" in str(error):
             pytest.skip(f"its data are not here: {error}")
         raise
+    if any("MissingData" in error for _, _, error in record.crashes):
+        pytest.skip("its data are not here, and NEURARIUM_OFFLINE forbids to download them")
     crashed = {run.arm: run.error for run in record.runs if run.status != "done"}
     assert not crashed, "\n".join(f"{arm}: {error}" for arm, error in crashed.items())
     for verdict in lab.judge(paper, record):
@@ -32,5 +34,6 @@ def test_smoke(paper: catalog.Paper, tmp_path: Path) -> None:
 @pytest.mark.parametrize("paper", WORKING, ids=lambda paper: paper.id)
 def test_the_published_record_is_valid(paper: catalog.Paper) -> None:
     report = lab.verify([paper]).to_json()["papers"][0]
-    assert report["valid"], report.get("why")
+    assert report["valid"]
+    assert not report["stale"], "the code has changed since it was measured"
     assert any(claim["null_fails"] for claim in report["claims"]), "no claim tells the method from its baseline"

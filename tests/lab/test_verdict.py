@@ -118,9 +118,9 @@ class TestNull:
         assert found.null_fails is None
         assert verdict_of(make_record, (0.1, 0.1, 0.1), null={}).null_fails is None
 
-    def test_an_undefined_null_is_refused(self, make_record):
+    def test_a_null_without_a_finite_value_is_no_evidence(self, make_record):
         found = verdict_of(make_record, (0.1, 0.1, 0.1), measure="1 / (base.value - method.value)", holds=">= 1")
-        assert (found.verdict, found.null_fails) == ("held", True)
+        assert (found.verdict, found.null_fails) == ("held", None)
 
     def test_a_claims_own_null_goes_before_the_papers(self, make_paper, make_record):
         record = make_record({"base": {"value": [1.0] * 3}, "method": {"value": [0.4] * 3}, "other": {"value": [0.4] * 3}})

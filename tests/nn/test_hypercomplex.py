@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from neurarium.errors import BadInput
 from neurarium.nn.hypercomplex import (
+    PadChannels,
     PHConv1d,
     PHConv2d,
     PHConv3d,
@@ -19,6 +20,7 @@ from neurarium.nn.hypercomplex import (
     QuaternionConv2d,
     algebra,
     decay_groups,
+    dense,
     hypercomplex,
     kronecker_factors,
 )
@@ -268,3 +270,83 @@ def test_exports_and_channels_last():
     torch.testing.assert_close(exported(x), layer(x))
     last = copy.deepcopy(layer).to(memory_format=torch.channels_last)
     torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), layer(x))
+
+
+def test_zero_channels_go_in_front():
+    x = torch.randn(2, 3, 4, 4)
+    padded = PadChannels(3, 4)(x)
+    assert (padded[:, 0] == 0).all()
+    assert torch.equal(padded[:, 1:], x)
+    assert [PadChannels(c, n).extra for c, n in ((3, 2), (3, 3), (2, 4), (1, 4))] == [1, 0, 2, 3]
+    grey = PadChannels(1, 4)(x[:, :1])
+    assert (grey[:, :3] == 0).all()
+    assert torch.equal(grey[:, 3:], x[:, :1])
+
+
+def test_the_rule_names_transposed_and_derived_layers():
+    class Special(nn.Conv2d):
+        pass
+
+    class Head(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 8, 3), Special(8, 8, 3), nn.Flatten(), Head(8, 4), nn.Linear(4, 4))
+    net[5] = nn.utils.parametrizations.weight_norm(net[5])
+    report = replace_layers(net, hypercomplex(4)).replace_report
+    assert [r.name for r in report.replaced] == ["0"]
+    assert [s.name for s in report.skipped] == ["1", "2", "4", "5"]
+    for skipped, word in zip(report.skipped, ["transposed", "derives from Conv2d", "derives from Linear", "parametrised"], strict=True):
+        assert word in skipped.why
+
+
+def test_the_first_convolution_is_the_models_own():
+    def lifted():  # a linear layer in front of the convolutions
+        return nn.Sequential(nn.Linear(6, 4), nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3))
+
+    for skip in (True, "auto", False):
+        net = replace_layers(lifted(), hypercomplex(4, skip_first=skip))
+        assert [s.name for s in net.replace_report.skipped] == (["0", "1"] if skip is True else ["0"])
+        assert "n = 4" in net.replace_report.skipped[0].why  # six inputs: not because it comes first
+    assert isinstance(replace_layers(nn.Sequential(nn.Linear(4, 4)), hypercomplex(4, skip_first=True))[0], PHLinear)
+    kept = replace_layers(small_net(), hypercomplex(4, skip_first=True), keep=["0"])
+    assert isinstance(kept[2], PHConv2d)  # the second does not become the first where the first is kept
+    stack = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3))
+    assert "must divide" in replace_layers(stack, hypercomplex(4), keep=["0"]).replace_report.skipped[0].why  # and is not padded
+
+
+@pytest.mark.parametrize("rule", ["learned", "quaternion"])
+def test_fit_refuses_another_shape_before_anything_changes(rule):
+    layer = PHConv2d(8, 8, 3, 4, algebra=rule)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    others = [nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 5)]
+    others += [nn.Linear(8, 8), nn.Conv1d(8, 8, 9), nn.ConvTranspose2d(8, 8, 3)]
+    for other in others:
+        with pytest.raises(BadInput, match=r"\(8, 8, 3, 3\)"):
+            layer.fit_(other)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(PHLinear(8, 4, 4), (3, 8)), (PHLinear(6, 3, 3, bias=False), (2, 5, 6)), (PHConv1d(4, 8, 5, 2, stride=2, padding=1), (2, 4, 11)),
+     (PHConv2d(8, 4, 3, 4, padding="same", dilation=2), (2, 8, 9, 7)),
+     (PHConv2d(6, 6, 3, 3, padding=1, padding_mode="reflect"), (2, 6, 8, 8)),
+     (PHConv3d(4, 4, 2, 2, stride=(1, 2, 1)), (1, 4, 5, 5, 5)), (QuaternionConv2d(4, 8, 3, bias=False), (2, 4, 6, 6))],
+)  # fmt: skip
+def test_dense_is_the_same_function_of_a_plain_layer(layer, shape):
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    plain, x = replace_layers(layer, dense()), torch.randn(shape)
+    assert type(plain) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    torch.testing.assert_close(plain(x), layer(x))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dense_takes_a_padded_stem_back_too(channels):
+    x = torch.randn(2, channels, 12, 12)
+    net = replace_layers(small_net(channels), hypercomplex(4, skip_first=False)).eval()
+    nn.init.normal_(net[0][1].bias)
+    plain = replace_layers(net, dense(), example=x)
+    assert [type(m) for m in plain] == [type(m) for m in small_net()]  # no padding, no hypercomplex layer is left
+    assert plain[0].weight.shape == (8, channels, 3, 3)
+    torch.testing.assert_close(plain(x), net(x), atol=1e-5, rtol=1e-4)

@@ -105,3 +105,13 @@ def test_first_match_and_wrong_results_on_the_example():
         replace_layers(net(), Rule(nn.Linear, lambda old: nn.Linear(9, 4)), example=torch.randn(1, 4))
     report = replace_layers(net(), Rule(nn.Linear, lambda old: nn.Identity(), init="fit")).replace_report
     assert "no fit_" in report.skipped[0].why
+
+
+def test_a_kept_first_match_stays_the_first():
+    rule = Rule(nn.Linear, Scaled, build_first=lambda old: nn.Identity())
+    out = replace_layers(net(), rule, keep=["0"])
+    assert type(out[0]) is nn.Linear
+    assert type(out[2]) is Scaled
+    second = Rule(nn.Linear, Scaled, build_first=lambda old: nn.Identity(), first=lambda name, m: m.out_features == 2)
+    out = replace_layers(net(), second)
+    assert (type(out[0]), type(out[2])) == (Scaled, nn.Identity)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neurarium.errors import BadInput
-from neurarium.physics import PINN, Causal, CausalPINN, Slices, allen_cahn, lorenz
+from neurarium.physics import PINN, Box, Causal, CausalPINN, Problem, Progress, Slices, Uniform, allen_cahn, lorenz
 from neurarium.physics.pinn import _Training
 from neurarium.physics.solution import Solution
 
@@ -119,17 +119,70 @@ def test_annealing_takes_the_next_eps_when_solved_or_out_of_patience_and_ends_wh
     assert schedule.converged
 
 
+def test_the_last_eps_must_have_been_used_before_it_counts_as_converged() -> None:
+    schedule = Causal(eps=(1.0, 2.0), delta=0.9, chunks=2).begin(30)
+    schedule.update(torch.tensor([0.0, -math.log(0.95)]))  # solved at eps = 1; at eps = 2 the weight would be 0.9025
+    assert (schedule.eps, schedule.level, schedule.converged) == (2.0, 1, False)
+    schedule.update(torch.tensor([0.0, -math.log(0.94)]))  # 0.94^2 < delta
+    assert not schedule.converged
+    schedule.update(torch.tensor([0.0, -math.log(0.97)]))
+    assert schedule.converged
+    lax = Causal(eps=(0.0,), chunks=2).begin(3)
+    lax.update(torch.zeros(2))
+    assert not lax.converged  # eps = 0 says nothing
+
+
+def test_the_last_level_is_reached_by_being_solved_in_a_run() -> None:
+    causal = Causal(eps=(1e-9, 1e-6), chunks=8, patience=10**9)  # each is solved at once
+    solution = CausalPINN(causal=causal, sampler=Slices(8, 4), **SMALL).solve(allen_cahn(), steps=9)
+    assert solution.history["eps"] == [1e-9, 1e-6]
+
+
 def test_it_solves_lorenz_over_a_window() -> None:
     causal = Causal(eps=(1e-2, 1e-1, 1.0), delta=0.95, chunks=16, patience=1000)
     solution = CausalPINN(causal=causal, width=12, depth=2, sampler=Slices(16, 8)).solve(lorenz(horizon=0.3), steps=100, seed=0)
     assert max(solution.error().values()) < 1e-2
+    assert solution.history["eps"][-1] == 1.0
     assert solution.history["min_weight"][-1] > 0.95
     assert len(solution.history["step"]) < 100  # it stopped by itself
+
+
+def test_plain_arms_are_judged_by_the_rule_without_feeling_it() -> None:
+    from neurarium.experiments.physics.causal_pinn import Watch
+
+    rule, slices, problem = Causal(eps=(1e-9, 2.0), chunks=8), Slices(8, 4), allen_cahn()
+    plain = PINN(sampler=slices, **SMALL)
+    watch = Watch(1, rule, slices)
+    seen: list[torch.Tensor] = []
+
+    def by_hand(progress: Progress) -> None:
+        points = slices(problem.domain, generator, torch.float64)
+        (r,) = progress.solution.pieces[0].residual(problem.residual, points, problem.orders())
+        seen.append((r.detach() ** 2).view(8, 4).mean(1)[:-1].sum())
+
+    generator = torch.Generator().manual_seed(0)
+    watched = plain.solve(problem, steps=6, callbacks=[watch, by_hand])
+    assert watched.history["loss"] == plain.solve(problem, steps=6).history["loss"]
+    assert watch.eps == 2.0  # the first was solved at once
+    assert watch.min_weight() == pytest.approx([math.exp(-2 * float(s)) for s in seen])
+    assert len(set(watch.min_weight())) == 6
 
 
 def test_refusals() -> None:
     with pytest.raises(BadInput, match="multiple"):
         CausalPINN(causal=Causal(chunks=7), sampler=Slices(4, 4), **SMALL).solve(allen_cahn(), steps=1)
-    for bad in ({"eps": ()}, {"eps": (-1.0,)}, {"delta": 1.0}, {"chunks": 0}):
-        with pytest.raises(BadInput):
-            Causal(**bad)
+    nan, inf = float("nan"), float("inf")
+    for name, values in {
+        "eps": ((), (-1.0,), (nan,), (1.0, inf), 1.0),
+        "delta": (0.0, 1.0, nan),
+        "chunks": (0, 2.5),
+        "patience": (0, -3, nan),
+    }.items():
+        for value in values:
+            with pytest.raises(BadInput, match=name):
+                Causal(**{name: value})
+    assert Causal(patience=1).begin(100).patience == 1
+    assert Causal(eps=(1.0, 2.0)).begin(100).patience == 50
+    still = Problem("still", Box(x=(0, 1)), ("u",), lambda f, c, p: f.d("u", "x"))
+    with pytest.raises(BadInput, match="still: causal weights need a time coordinate"):
+        PINN(weights=Causal(chunks=4), sampler=Uniform(16), **SMALL).solve(still, steps=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -185,6 +186,85 @@ def test_saved_solutions_come_back(tmp_path) -> None:
     assert isinstance(Solution.load(tmp_path / "o.safetensors", DECAY, own).pieces[0], Approximation)
     with pytest.raises(RecordError, match="decay"):
         Solution.load(tmp_path / "o.safetensors", lorenz(), own)
+
+
+def test_damaged_files_are_named(tmp_path) -> None:
+    path, beside = tmp_path / "s.safetensors", tmp_path / "s.json"
+    solution = replace_solver(SMALL, windows=2).solve(DECAY, steps=1)
+    solution.save(path)
+    assert {p.name for p in tmp_path.iterdir()} == {"s.safetensors", "s.json"}
+    good, weights = json.loads(beside.read_text()), path.read_bytes()
+    settings = good["settings"]
+    for change in (
+        {"settings": {**settings, "dtype": "load"}},
+        {"settings": {**settings, "dtype": "float16"}},
+        {"settings": {**settings, "width": "8"}},
+        {"settings": {**settings, "compile": True}},
+        {"settings": {**settings, "net": "other"}},
+        {"settings": {**settings, "width": 9}},
+        {"windows": []},
+        {"windows": [[0, 1], "x"]},
+        {"windows": [[0.5, 0.0], [0.5, 1.0]]},
+        {"windows": [[0.0, 1.0]]},
+        {"history": None},
+        {"history": {"step": 3}},
+        {"problem": 7},
+    ):
+        beside.write_text(json.dumps(good | change))
+        with pytest.raises(RecordError, match=r"s\.(json|safetensors)"):
+            Solution.load(path, DECAY)
+    for text in (b"{", b"\xff\xfe", b"[]", b""):
+        beside.write_bytes(text)
+        with pytest.raises(RecordError, match=r"s\.json is damaged"):
+            Solution.load(path, DECAY)
+    beside.write_text(json.dumps(good))
+    for data in (weights[:-8], weights[:4], b""):
+        path.write_bytes(data)
+        with pytest.raises(RecordError, match=r"s\.safetensors is damaged"):
+            Solution.load(path, DECAY)
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch) -> None:
+    solution = SMALL.solve(DECAY, steps=1)
+    solution.save(tmp_path / "s.safetensors")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    broken = Solution(DECAY, solution.pieces, {"net": object()}, {})
+    with pytest.raises(TypeError):
+        broken.save(tmp_path / "s.safetensors")
+
+    def full(path, data) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        SMALL.solve(DECAY, steps=2).save(tmp_path / "s.safetensors")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(BadInput, match="name the file of the weights"):
+        solution.save(tmp_path / "s.json")
+
+
+def test_many_windows_of_an_ordinary_equation_cost_one_network_each() -> None:
+    calls = 0
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = MLP(1, 3, 3, 1)
+
+        def forward(self, x):
+            nonlocal calls
+            calls += 1
+            return self.body(x)
+
+    solution = PINN(Counted(), windows=400, sampler=Uniform(4)).solve(lorenz(), steps=0)  # far beyond a chain's recursion
+    calls = 0
+    end = solution(torch.tensor([[3.0], [2.9999]]))
+    assert calls == 1
+    assert torch.isfinite(end).all()
+    for k in (1, 200, 399):
+        left, right = solution.pieces[k - 1], solution.pieces[k]
+        start = torch.tensor([[right.problem.domain.bounds["t"][0]]], dtype=torch.float64)
+        torch.testing.assert_close(left(start), right(start), rtol=0, atol=1e-12)
 
 
 def test_callbacks_see_every_step_and_can_stop() -> None:

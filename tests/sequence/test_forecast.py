@@ -242,7 +242,7 @@ def test_refusals():
             model.fit(nan)
         with pytest.raises(BadInput, match="constant"):
             model.fit(torch.full((50,), 3.3))
-        with pytest.raises(BadInput, match="hold no window"):
+        with pytest.raises(BadInput, match="of order 3"):
             model.fit(torch.randn(3))
         with pytest.raises(BadInput, match="one series"):
             model.fit(torch.randn(30, 2))
@@ -263,3 +263,16 @@ def test_refusals():
     nn.init.constant_(net.layers[0].bias, math.nan)
     with pytest.raises(Diverged, match="epoch 0"):
         net.fit(torch.randn(50), epochs=2)
+
+
+def test_refusals_speak_of_the_order_and_of_fit():
+    with pytest.raises(BadInput, match=r"order 3 .*at least 8 values, got 7"):
+        ClassicAR(3).fit(torch.randn(7))
+    for call in (lambda m: m.predict(torch.ones(3)), lambda m: m.forecast(torch.ones(3), 2)):
+        with pytest.raises(BadInput, match="call fit first"):
+            call(ClassicAR(3))
+    history = torch.ones(9)
+    history[-2] = math.nan
+    for model in (ARNet(3), ClassicAR(3).fit(data.arma(AR3, [], 200, seed=0))):
+        with pytest.raises(BadInput, match="NaN"):
+            model.forecast(history, 2)

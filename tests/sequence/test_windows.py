@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neurarium.errors import BadInput
-from neurarium.sequence.accuracy import diebold_mariano, mae, mase, rmse, seasonal_naive, smape
+from neurarium.sequence.accuracy import diebold_mariano, directional_accuracy, mae, mase, rmse, seasonal_naive, smape
 from neurarium.sequence.windows import Scaler, Windows
 
 
@@ -112,3 +112,17 @@ def test_diebold_mariano():
     assert 0.02 < sum(rejected) / len(rejected) < 0.08  # its level
     with pytest.raises(BadInput, match="too few"):
         diebold_mariano(a[:3], b[:3], horizon=3)
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(BadInput, match="'time' or 'random'"):
+        Windows(torch.arange(30.0), 3).split((0.5, 0.5), how="shuffle", allow_leak=True)
+
+
+def test_directional_accuracy():
+    truth, forecast, last = torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([[5.0, 2.0], [4.0, 1.0]]), torch.tensor([[1.0], [1.0]])
+    assert directional_accuracy(truth, forecast, last) == pytest.approx(1 / 3)  # one step does not move
+    with pytest.raises(BadInput, match="never moves"):
+        directional_accuracy(torch.ones(2), torch.ones(2), torch.ones(1))
+    with pytest.raises(BadInput, match="broadcast"):
+        directional_accuracy(truth, forecast, torch.ones(3))

@@ -76,6 +76,11 @@ class DeadParameter(Good):
         return torch.tanh(self.linear(x)) * self.scale.detach()
 
 
+class MutedParameter(Good):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) * (self.scale.detach() + 0 * self.scale)
+
+
 class Unpicklable(Good):
     def __init__(self) -> None:
         super().__init__()
@@ -126,6 +131,7 @@ def test_a_sound_layer_passes_everything() -> None:
         (WrongAtBatchOne, "batch_size"),
         (FixedDtype, "dtypes"),
         (DeadParameter, "gradients"),
+        (MutedParameter, "gradients"),
         (Unpicklable, "copies"),
         (DataDependent, "export"),
     ],

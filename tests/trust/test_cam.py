@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.trust.explain import class_activation
+from neurarium.trust.explain import METHODS, class_activation
 
 LAYER = "4"
 
@@ -214,3 +214,14 @@ def test_unsupported_models_are_named(model: nn.Sequential, x: Tensor) -> None:
         class_activation(model[:5], x)
     with pytest.raises(UnsupportedModel, match="feature maps"):
         class_activation(nn.Sequential(nn.Flatten(), nn.Linear(72, 3)), x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_so_many_channels_restrict_every_method(model: nn.Sequential, x: Tensor, method: str) -> None:
+    whole, all_of_them, one = (
+        class_activation(model, x, 0, layer=LAYER, method=method, samples=5, upsample=False, channels=c) for c in (None, 6, 1)
+    )
+    assert torch.allclose(whole.map, all_of_them.map, atol=1e-6)
+    assert not torch.allclose(whole.map, one.map, atol=1e-2)
+    clean = class_activation(model, x, 0, layer=LAYER, method=method, noise=0.0, upsample=False, channels=2)
+    assert (clean.weights.ne(0).sum(1) <= 2).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neurarium.errors import BadInput
+from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.trust.explain import faithfulness, localise, peaks
 
 
@@ -139,3 +139,14 @@ def test_ties_go_in_a_seeded_random_order() -> None:
 def test_unusable_arguments_are_refused(call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(BadInput):
         call()
+
+
+@pytest.mark.parametrize("target", [2, -1, torch.tensor([0, 1]), torch.tensor([0.0]), torch.zeros(1, 1, dtype=torch.int64)])
+def test_targets_of_faithfulness_are_checked(target: int | Tensor) -> None:
+    with pytest.raises(BadInput, match="target"):
+        faithfulness(Linear(torch.ones(1)), torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), target)
+
+
+def test_outputs_that_are_no_logits_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="logits"):
+        faithfulness(nn.Identity(), torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2), 0)

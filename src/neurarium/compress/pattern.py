@@ -69,6 +69,7 @@ class NM:
             raise BadInput(f"N:M needs 0 < n < m, got {self.n}:{self.m}")
 
     def mask(self, score: Tensor, sparsity: float | None = None, *, scope: str = "layer") -> Tensor:
+        _check(0.0, scope)
         if sparsity is not None and abs(sparsity - (1 - self.n / self.m)) > 1e-9:
             raise BadInput(f"{self.n}:{self.m} has sparsity {1 - self.n / self.m:g}, not {sparsity}")
         return keep_largest(self._groups(score), self.n).view_as(score)
@@ -84,7 +85,7 @@ class NM:
 
 @dataclass(frozen=True)
 class Block:
-    """Whole blocks of `out` x `into` weights; a block's score is the sum of its squares (of its scores, if they are energies)."""
+    """Whole blocks of `out` x `into` weights; a block's score is the sum of its weights' scores."""
 
     out: int
     into: int

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from neurarium.compress.pattern import Pattern, Unstructured
 from neurarium.errors import BadInput, UnsupportedModel
 
-__all__ = ["MaskPlan", "MaskedConv1d", "MaskedConv2d", "MaskedLinear", "apply", "finalise", "prunable"]
+__all__ = [
+    "MaskPlan", "MaskedConv1d", "MaskedConv2d", "MaskedLinear", "apply", "finalise", "flat_weights", "prunable", "shaped", "weight_names",
+]  # fmt: skip
 
 
 class _Masked:
@@ -130,11 +132,15 @@ def _pack(array: np.ndarray) -> str:
 def prunable(model: nn.Module, modules: Sequence[type] = (nn.Linear, nn.Conv2d)) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers whose weights a mask can hold, by name, and why the others with a weight matrix were left alone.
 
-    A weight that several modules share is planned once, under its first name.
+    A module that is used several times is planned once. A weight that several modules share is left alone: a mask on one of them would
+    not hold in the others.
     """
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    seen: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            owners.setdefault(id(weight), []).append(name)
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim < 2:
@@ -144,14 +150,11 @@ def prunable(model: nn.Module, modules: Sequence[type] = (nn.Linear, nn.Conv2d))
             skipped[name] = f"{type(module).__name__} is not one of {', '.join(t.__name__ for t in _MASKED)}"
         elif not issubclass(base, tuple(modules)):
             skipped[name] = f"{base.__name__} was not asked for"
-        elif id(weight) in seen:
-            skipped[name] = f"shares its weight with {seen[id(weight)]}"
+        elif len(owners[id(weight)]) > 1:
+            other = next(n for n in owners[id(weight)] if n != name)
+            skipped[name] = f"its weight is tied to {other}: a mask on one would not hold in the other"
         else:
-            found[name], seen[id(weight)] = module, name
-    shared = {id(getattr(dict(model.named_modules())[n], "weight", None)) for n, why in skipped.items()}
-    for name in [n for n, m in found.items() if id(m.weight) in shared]:
-        skipped[name] = "its weight is shared with a module that cannot carry a mask"
-        del found[name]
+            found[name] = module
     if not found:
         raise UnsupportedModel(
             f"has no prunable layer among {', '.join(m.__name__ for m in modules)}"
@@ -159,6 +162,22 @@ def prunable(model: nn.Module, modules: Sequence[type] = (nn.Linear, nn.Conv2d))
             module=type(model).__name__,
         )
     return found, skipped
+
+
+def weight_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The parameter names of the layers' weights."""
+    return [f"{name}.weight".lstrip(".") for name in layers]
+
+
+def flat_weights(layers: Mapping[str, nn.Module]) -> Tensor:
+    """The layers' weights as one float32 vector, in their order."""
+    return torch.cat([m.weight.detach().flatten() for m in layers.values()]).float()
+
+
+def shaped(layers: Mapping[str, nn.Module], flat: Tensor) -> dict[str, Tensor]:
+    """A vector over all weights, cut back into the layers' shapes."""
+    parts = flat.split([m.weight.numel() for m in layers.values()])
+    return {name: part.view(m.weight.shape) for (name, m), part in zip(layers.items(), parts, strict=True)}
 
 
 def apply(model: nn.Module, plan: MaskPlan) -> nn.Module:

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from neurarium.errors import BadInput
+from neurarium.meter import undisturbed
 
 __all__ = ["FisherOperator", "collect", "gram", "per_sample_grads"]
 
@@ -57,18 +58,18 @@ def per_sample_grads(
         (samples, total size) in float32.
     """
     state = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    if unknown := [k for k in names if k not in state]:
+        raise BadInput(f"the model has no parameter {unknown[0]!r}")
     chosen = {k: state.pop(k) for k in names}
-    modes = {m: m.training for m in model.modules()}
+    device = next(iter(chosen.values())).device
+    x, y = x.to(device), y.to(device)
 
     def loss(params: dict[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
         return loss_fn(functional_call(model, {**state, **params}, (row[None],)), target[None])
 
-    model.eval()
-    try:
+    with undisturbed(model):
+        model.eval()
         grads = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk)(chosen, x, y)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     rows = torch.cat([grads[name].reshape(len(x), -1) for name in names], 1).float()
     if not torch.isfinite(rows).all():
         bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])

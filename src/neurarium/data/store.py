@@ -97,6 +97,8 @@ def obtain(remote: Remote, call: str) -> Path:
         return found
     if remote.url is None:
         raise MissingData(call, None, f"{remote.path} is in no mirror folder and has no address to download it from")
+    if os.environ.get("NEURARIUM_OFFLINE"):
+        raise MissingData(call, remote.url, "NEURARIUM_OFFLINE forbids the download")
     target = cache_dir() / "data" / remote.path
     _download(remote, target, call)
     return target

@@ -18,17 +18,13 @@ __all__ = ["published", "publish", "record_path", "records_root"]
 def records_root() -> Path:
     """The folder of published records.
 
-    ``$NEURARIUM_RECORDS``; else ``./records`` if there is one; else that of the repository which the package lies in; else the copy that
-    is installed with the package.
+    ``$NEURARIUM_RECORDS``; else that of the repository which the package lies in; else the copy that is installed with the package.
     """
     if wish := os.environ.get("NEURARIUM_RECORDS"):
         return Path(wish)
     package = Path(neurarium.__file__).parent
     repository = package.parent.parent
-    for folder in (Path("records"), repository / "records" if (repository / "pyproject.toml").is_file() else package / "_records"):
-        if folder.is_dir():
-            return folder
-    return package / "_records"
+    return repository / "records" if (repository / "pyproject.toml").is_file() else package / "_records"
 
 
 def record_path(paper: Subject, root: Path | str | None = None) -> Path:

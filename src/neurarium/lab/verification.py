@@ -93,7 +93,8 @@ def _verified(paper: Paper, root: Path | str | None, code: Code) -> PaperReport:
         verdicts = tuple(judge(paper, record))
     except BadInput as error:
         return PaperReport(paper.id, valid=False, stale=stale, why=str(error), record=record)
-    return PaperReport(paper.id, not (why := _fault(record, verdicts)), stale, why, _moved(paper, record), verdicts, record)
+    moved = _moved(paper, record)
+    return PaperReport(paper.id, not (why := _fault(record, verdicts)), stale or bool(moved), why, moved, verdicts, record)
 
 
 def _fault(record: Record, verdicts: Iterable[Verdict]) -> str:

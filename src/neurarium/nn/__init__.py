@@ -6,21 +6,44 @@ once: put the layer into an existing model (:mod:`.replace`), keep the scale of 
 (:mod:`.autograd`).
 """
 
-from neurarium.nn.hypercomplex import PHConv1d, PHConv2d, PHConv3d, PHLinear, QuaternionConv2d, dense, hypercomplex
-from neurarium.nn.replace import ReplaceReport, Rule, replace_layers
-from neurarium.nn.signal import gain_, signal_report
+from neurarium.nn.autograd import assert_gradients, exact_function
+from neurarium.nn.hypercomplex import (
+    PadChannels,
+    PHConv1d,
+    PHConv2d,
+    PHConv3d,
+    PHLinear,
+    QuaternionConv2d,
+    algebra,
+    decay_groups,
+    dense,
+    hypercomplex,
+    kronecker_factors,
+)
+from neurarium.nn.replace import Replaced, ReplaceReport, Rule, Skipped, replace_layers
+from neurarium.nn.signal import Signal, SignalReport, gain_, signal_report
 
 __all__ = [
     "PHConv1d",
     "PHConv2d",
     "PHConv3d",
     "PHLinear",
+    "PadChannels",
     "QuaternionConv2d",
-    "dense",
     "ReplaceReport",
+    "Replaced",
     "Rule",
+    "Signal",
+    "SignalReport",
+    "Skipped",
+    "algebra",
+    "assert_gradients",
+    "decay_groups",
+    "dense",
+    "exact_function",
     "gain_",
     "hypercomplex",
+    "kronecker_factors",
     "replace_layers",
     "signal_report",
 ]

@@ -43,12 +43,15 @@ __all__ = [
     "PadChannels",
     "QuaternionConv2d",
     "algebra",
-    "decay_groups", "dense",
+    "decay_groups",
+    "dense",
     "hypercomplex",
     "kronecker_factors",
 ]
 
 Algebra = Literal["learned", "real", "complex", "quaternion"] | Tensor
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NAMES = {"real": 1, "complex": 2, "quaternion": 4}
 
 
@@ -146,15 +149,21 @@ class _PHWeight(nn.Module):
         """Start from an ordinary layer: the nearest weight that this layer can express (with a fixed algebra: the nearest F), its bias.
 
         ``inputs`` is not needed: the Frobenius optimum is in closed form. Returns the relative error |H - W| / |W|.
+        Raises ``BadInput`` for a layer of another shape, or a transposed convolution, before anything changes.
         """
         del inputs
         weight = old.weight.detach()
+        (out, inner, *kernel), transposed = self.filters.shape, isinstance(old, _TRANSPOSED)
+        if transposed or weight.shape != (out, self.n * inner, *kernel):
+            kind = "of a transposed convolution" if transposed else f"of shape {tuple(weight.shape)}"
+            raise BadInput(f"a weight {kind} cannot start a layer whose weight has shape {(out, self.n * inner, *kernel)}")
+        if self.bias is not None and old.bias is not None and old.bias.shape != self.bias.shape:
+            raise BadInput(f"a bias of shape {tuple(old.bias.shape)} cannot start one of shape {tuple(self.bias.shape)}")
         if self.learned:
             a, f, _ = kronecker_factors(weight, self.n)
             self.A.copy_(a)
         else:
-            out, inner, *kernel = weight.shape
-            blocks = weight.reshape(self.n, out // self.n, self.n, inner // self.n, *kernel).transpose(1, 2).reshape(self.n**2, -1)
+            blocks = weight.reshape(self.n, out // self.n, self.n, inner, *kernel).transpose(1, 2).reshape(self.n**2, -1)
             f = torch.linalg.pinv(self.A.reshape(self.n, -1).T.double()).to(weight.dtype) @ blocks
         self.filters.copy_(f.reshape(self.filters.shape))
         if self.bias is not None:
@@ -197,7 +206,7 @@ class _PHConv(_PHWeight):
         algebra: Algebra = "learned", init: Literal["kaiming", "authors"] = "kaiming", device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         # An ordinary convolution on the meta device checks the arguments and spells out the padding; it holds no memory.
-        plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.axes - 1](
+        plain = _CONVOLUTIONS[self.axes - 1](
             in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode=padding_mode, device="meta"
         )
         super().__init__(in_channels, out_channels, n, plain.kernel_size, bias, algebra, init, {"device": device, "dtype": dtype})
@@ -273,20 +282,26 @@ def hypercomplex(
     """The rule for :func:`neurarium.nn.replace.replace_layers` that makes every linear and convolution layer hypercomplex.
 
     Kept as they are, with the reason in the report: layers whose channels n does not divide (a classifier of ten classes, say), grouped
-    and transposed convolutions, layers with fewer than ``min_channels`` inputs or outputs. The first convolution is treated on its own:
-    ``skip_first="auto"`` pads missing input channels with zeros in front but keeps a layer of one input channel, ``True`` keeps it,
-    ``False`` pads even one channel. ``init="fit"``: the nearest weights to those of a trained network.
+    and transposed convolutions, subclasses of the standard layers, layers with fewer than ``min_channels`` inputs or outputs. The first
+    convolution of the model is treated on its own: ``skip_first="auto"`` pads missing input channels with zeros in front but
+    keeps a layer of one input channel, ``True`` keeps it, ``False`` pads even one channel. A linear layer is never padded or skipped as the
+    first. ``init="fit"``: the nearest weights to those of a trained network.
     """
 
     def make(old: nn.Module, inner: int) -> nn.Module:
         options = {"algebra": algebra, "init": "kaiming" if init == "fit" else init, "bias": old.bias is not None}
         if isinstance(old, nn.Linear):
             return PHLinear(inner, old.out_features, n, **options)
-        kind = {nn.Conv1d: PHConv1d, nn.Conv2d: PHConv2d, nn.Conv3d: PHConv3d}[type(old)]
+        kind = (PHConv1d, PHConv2d, PHConv3d)[_CONVOLUTIONS.index(type(old))]
         options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
         return kind(inner, old.out_channels, old.kernel_size, n, **options)
 
     def sizes(old: nn.Module) -> tuple[int, int]:
+        if isinstance(old, _TRANSPOSED):
+            raise BadInput("it is a transposed convolution, for which there is no hypercomplex layer here")
+        if type(old) not in (nn.Linear, *_CONVOLUTIONS):
+            base = next(c.__name__ for c in type(old).__mro__ if c in (nn.Linear, *_CONVOLUTIONS))
+            raise BadInput(f"{type(old).__name__} derives from {base} and may compute something else: give it a rule of its own")
         if getattr(old, "groups", 1) != 1:
             raise BadInput(f"its {old.groups} groups share no channels: a hypercomplex layer mixes all of them")
         inner, out = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (old.in_channels, old.out_channels)
@@ -300,38 +315,39 @@ def hypercomplex(
     def build_first(old: nn.Module) -> nn.Module:
         inner, _ = sizes(old)
         if skip_first is True:
-            raise BadInput("it is the first layer (skip_first=True)")
+            raise BadInput("it is the first convolution (skip_first=True)")
         if skip_first == "auto" and inner == 1:
-            raise BadInput("it is the first layer and has one input channel (skip_first='auto')")
+            raise BadInput("it is the first convolution and has one input channel (skip_first='auto')")
         pad = PadChannels(inner, n)
-        return make(old, inner) if not pad.extra or isinstance(old, nn.Linear) else _Padded(pad, make(old, inner + pad.extra))
+        return _Padded(pad, make(old, inner + pad.extra)) if pad.extra else make(old, inner)
 
     def match(name: str, module: nn.Module) -> bool:
-        return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
 
-    return Rule(match, build, "fit" if init == "fit" else "fresh", build_first)
+    return Rule(match, build, "fit" if init == "fit" else "fresh", build_first, first=(*_CONVOLUTIONS, *_TRANSPOSED))
 
 
 def dense() -> Rule:
-    """The way back: the rule that makes every hypercomplex layer an ordinary one of the same function.
+    """The way back: the rule that makes every hypercomplex layer an ordinary one of the same function, a padded first one included.
 
     For deployment, where building H at each call costs time and an ordinary weight can be pruned, quantised or priced row by row.
     """
 
     def build(old: nn.Module) -> nn.Module:
+        pad, old = (old[0].extra, old[1]) if isinstance(old, _Padded) else (0, old)
         options = {"bias": old.bias is not None, "device": old.filters.device, "dtype": old.filters.dtype}
         if isinstance(old, PHLinear):
             new: nn.Module = nn.Linear(old.in_features, old.out_features, **options)
         else:
             options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
-            new = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[old.axes - 1](old.in_channels, old.out_channels, old.kernel_size, **options)
+            new = _CONVOLUTIONS[old.axes - 1](old.in_channels - pad, old.out_channels, old.kernel_size, **options)
         with torch.no_grad():
-            new.weight.copy_(old.weight)
+            new.weight.copy_(old.weight[:, pad:])  # the channels in front are zeros
             if new.bias is not None:
                 new.bias.copy_(old.bias)
         return new
 
-    return Rule(lambda name, module: isinstance(module, _PHWeight), build)
+    return Rule(lambda name, module: isinstance(module, (_PHWeight, _Padded)), build)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ parametrisation, or its class only derives from the one that the rule names (its
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,15 @@ class Rule:
 
     ``match``: a class (exactly this class) or a predicate ``(name, module) -> bool``. ``build``: the old layer -> the new one; it raises
     ``BadInput`` or ``UnsupportedModel`` for a layer that it cannot express, which then stays. ``init="fit"`` calls the new layer's
-    ``fit_(old, inputs)``. ``build_first``: builds for the first match in module order instead, which usually reads raw channels.
+    ``fit_(old, inputs)``. ``build_first``: builds for the first match in module order instead, which usually reads raw channels;
+    with ``first``, for the first match that is this too. A first layer that is kept stays the first: the next one is built by ``build``.
     """
 
     match: type[nn.Module] | Callable[[str, nn.Module], bool]
     build: Callable[[nn.Module], nn.Module]
     init: Literal["fresh", "fit"] = "fresh"
     build_first: Callable[[nn.Module], nn.Module] | None = None
+    first: type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[str, nn.Module], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,18 @@ def replace_layers(
     if copy:
         model = copying.deepcopy(model)
 
-    chosen = [(name, old, rule) for name, old in _candidates(model, kept) if (rule := _first_match(name, old, rules))]
+    matches = [(name, old, rule) for name, old in model.named_modules() if (rule := _first_match(name, old, rules))]
+    leads = _leads(matches)
+    chosen = [(name, old, rule) for name, old, rule in matches if not any(name == k or name.startswith(f"{k}.") for k in kept)]
     args = (example,) if isinstance(example, Tensor) else example
     seen, shape = _inputs_of(model, [old for _, old, _ in chosen], args) if args is not None else ({}, None)
 
     tied = _tied(model)
     replaced, skipped, new_of = [], [], {}
-    first: set[int] = set()
     for name, old, rule in chosen:
         if any(not r.name or name.startswith(f"{r.name}.") for r in replaced):
             continue  # it went away with the block around it
-        build = rule.build_first if rule.build_first and id(rule) not in first else rule.build
-        first.add(id(rule))
+        build = rule.build_first if rule.build_first and leads.get(id(rule)) == id(old) else rule.build
         why = _obstacle(old, rule, tied)
         if why is None:
             try:
@@ -139,18 +141,21 @@ def replace_layers(
     return model
 
 
-def _candidates(model: nn.Module, kept: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in order, without what is kept and what is below it."""
-    for name, module in model.named_modules():
-        if not any(name == k or name.startswith(f"{k}.") for k in kept):
-            yield name, module
-
-
 def _first_match(name: str, module: nn.Module, rules: Sequence[Rule]) -> Rule | None:
-    for rule in rules:
-        if isinstance(module, rule.match) if isinstance(rule.match, type) else rule.match(name, module):
-            return rule
-    return None
+    return next((rule for rule in rules if _is(rule.match, name, module)), None)
+
+
+def _is(match: Any, name: str, module: nn.Module) -> bool:
+    return isinstance(module, match) if isinstance(match, (type, tuple)) else match(name, module)
+
+
+def _leads(matches: Sequence[tuple[str, nn.Module, Rule]]) -> dict[int, int]:
+    """Of each rule (by identity) the layer that comes first in the model, whether it is kept or not."""
+    found: dict[int, int] = {}
+    for name, module, rule in matches:
+        if rule.first is None or _is(rule.first, name, module):
+            found.setdefault(id(rule), id(module))
+    return found
 
 
 def _obstacle(old: nn.Module, rule: Rule, tied: Collection[int]) -> str | None:
@@ -161,7 +166,7 @@ def _obstacle(old: nn.Module, rule: Rule, tied: Collection[int]) -> str | None:
         return f"{type(old).__name__} derives from {rule.match.__name__} and may compute something else: give it a rule of its own"
     if any(id(p) in tied for p in old.parameters()):
         return "its weight is tied to another module's"
-    if old._forward_hooks or old._forward_pre_hooks or old._backward_hooks or old._backward_pre_hooks:
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in old.modules()):
         return "it carries hooks, which the new layer would lose"
     return None
 

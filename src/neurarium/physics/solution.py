@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,11 @@ class Approximation(nn.Module):
         frozen = copy.deepcopy(self).requires_grad_(False)
         name = self.problem.domain.time
         axis = self.problem.domain.coords.index(name)  # type: ignore[arg-type]
+        if self.problem.domain.coords == (name,):  # an ordinary differential equation: the state is a few numbers
+            like = next(frozen.parameters(), torch.zeros(()))
+            with torch.no_grad():
+                state = frozen(like.new_full((1, 1), time))[0].tolist()
+            return lambda coords: dict(zip(self.problem.fields, state))
 
         def initial(coords: Names) -> dict[str, Any]:
             given = dict(coords.items())
@@ -135,36 +142,46 @@ class Solution:
         return dict(zip(self.problem.fields, (difference.norm(dim=0) / truth.norm(dim=0)).tolist()))
 
     def save(self, path: str | Path) -> None:
-        """Weights as ``path`` (safetensors), history and settings as JSON beside it."""
-        from safetensors.torch import save_file
+        """Weights as ``path`` (safetensors), history and settings as JSON beside it; each file is replaced whole or not at all."""
+        from safetensors.torch import save
 
         path = Path(path)
-        save_file({f"{i}.{k}": v.contiguous() for i, p in enumerate(self.pieces) for k, v in p.network.state_dict().items()}, path)
+        if path.suffix == ".json":
+            raise BadInput(f"{path}: name the file of the weights (.safetensors); the JSON is written beside it")
+        tensors = {f"{i}.{k}": v.contiguous() for i, p in enumerate(self.pieces) for k, v in p.network.state_dict().items()}
         windows = [p.problem.domain.bounds[p.problem.domain.time] for p in self.pieces] if self.problem.domain.time else [None]
         meta = {"problem": self.problem.name, "windows": windows, "settings": self.settings, "history": dict(self.history)}
-        path.with_suffix(".json").write_text(json.dumps(meta))
+        _write({path: save(tensors), path.with_suffix(".json"): json.dumps(meta).encode()})
 
     @classmethod
     def load(cls, path: str | Path, problem: Problem, solver: PINN | None = None) -> Solution:
         """What :meth:`save` wrote. ``problem`` is the one that was solved, ``solver`` the PINN if its network was the user's own."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from neurarium.physics.pinn import PINN
-
         path = Path(path)
-        meta = json.loads(path.with_suffix(".json").read_text())
+        meta = _meta(path.with_suffix(".json"))
         if meta["problem"] != problem.name:
             raise RecordError(f"{path} holds a solution of {meta['problem']}, not of {problem.name}")
         if solver is None and not meta["settings"]:
             raise BadInput(f"{path} was made with a network of the user's own: pass the solver")
-        solver = solver or PINN(**{**meta["settings"], "dtype": getattr(torch, meta["settings"]["dtype"])})
-        tensors, pieces = load_file(path), []
-        for i, bounds in enumerate(meta["windows"]):
-            windowed = len(meta["windows"]) > 1
-            part = problem.window(*bounds, pieces[-1].at(bounds[0]) if pieces else None) if windowed else problem
-            piece = solver.build(part)
-            piece.network.load_state_dict({k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"{i}.")})
-            pieces.append(piece)
+        solver = solver or _solver(path.with_suffix(".json"), meta["settings"])
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise RecordError(f"{path} is damaged: {error}") from error
+        pieces: list[Approximation] = []
+        try:
+            for i, bounds in enumerate(meta["windows"]):
+                windowed = len(meta["windows"]) > 1
+                part = problem.window(*bounds, pieces[-1].at(bounds[0]) if pieces else None) if windowed else problem
+                piece = solver.build(part)
+                piece.network.load_state_dict({k.split(".", 1)[1]: tensors.pop(k) for k in list(tensors) if k.startswith(f"{i}.")})
+                pieces.append(piece)
+        except (RuntimeError, BadInput) as error:  # other tensors than the network's; windows that are none
+            raise RecordError(f"{path} does not fit the network or the windows described beside it: {error}") from error
+        if tensors:
+            raise RecordError(f"{path} holds tensors of no window: {', '.join(sorted(tensors)[:3])}")
         return cls(problem, pieces, meta["settings"], meta["history"])
 
     def _piecewise(self, points: Any, f: Callable[[Approximation, Tensor], Tensor]) -> Tensor:
@@ -188,3 +205,55 @@ class Solution:
 
 def _fixed() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def _write(files: Mapping[Path, bytes]) -> None:
+    """All contents go to temporary files first, which then take the places of the old ones."""
+    made: dict[Path, Path] = {}
+    try:
+        for path, data in files.items():
+            made[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            made[path].write_bytes(data)
+        for path, temporary in made.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in made.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    """The JSON of a saved solution, of the right shape."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(f"{path} is damaged: {error}") from error
+    kinds = {"problem": str, "windows": list, "settings": dict, "history": dict}
+    if not isinstance(meta, dict):
+        raise RecordError(f"{path} is damaged: not the description of a solution")
+    for key, kind in kinds.items():
+        if not isinstance(meta.get(key), kind):
+            raise RecordError(f"{path} is damaged: {key!r} is missing or not a {kind.__name__}")
+    spans = meta["windows"]
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)  # noqa: E731
+    pairs = all(isinstance(w, list) and len(w) == 2 and all(map(number, w)) for w in spans)
+    if not spans or not (pairs or spans == [None]):
+        raise RecordError(f"{path} is damaged: 'windows' must be pairs of times")
+    if not all(isinstance(column, list) for column in meta["history"].values()):
+        raise RecordError(f"{path} is damaged: 'history' must be lists of numbers")
+    return meta
+
+
+def _solver(path: Path, settings: Mapping[str, Any]) -> PINN:
+    from neurarium.physics.pinn import PINN
+
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    if not isinstance(settings.get("dtype"), str) or settings["dtype"] not in dtypes:
+        raise RecordError(f"{path}: dtype must be float32 or float64, got {settings.get('dtype')!r}; for another one pass the solver")
+    if set(settings) != {"net", "width", "depth", "modes", "dtype"} or not isinstance(settings["net"], str):
+        raise RecordError(f"{path} is damaged: 'settings' must be net, width, depth, modes and dtype")
+    if not all(type(settings[k]) is int for k in ("width", "depth", "modes")):
+        raise RecordError(f"{path} is damaged: width, depth and modes must be whole numbers")
+    try:
+        return PINN(**{**settings, "dtype": dtypes[settings["dtype"]]})
+    except BadInput as error:
+        raise RecordError(f"{path} is damaged: {error}") from error

@@ -9,6 +9,7 @@ residuals, carry no gradient and serve first-order training (the loss) and least
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,7 @@ class Causal:
         eps: how strictly, from lax to strict. The next value is taken when every weight exceeds ``delta``, or after ``patience`` steps.
         delta: the smallest weight above which the current eps counts as solved; training ends when the last one is.
         chunks: time slices. The points are in order of time and are cut into this many equal parts.
-        patience: steps an eps may take at most; None shares the steps of the run equally.
+        patience: steps an eps may take at most; None shares the steps of the run equally (a run limited by seconds alone has no limit).
     """
 
     eps: tuple[float, ...] = (1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -36,9 +37,16 @@ class Causal:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eps", tuple(float(e) for e in self.eps))
-        if not self.eps or any(e < 0 for e in self.eps) or not 0 < self.delta < 1 or self.chunks < 1:
-            raise BadInput("Causal needs eps >= 0 (one at least), 0 < delta < 1 and chunks >= 1")
+        eps = tuple(float(e) for e in self.eps) if isinstance(self.eps, (tuple, list)) else ()
+        if not eps or not all(math.isfinite(e) and e >= 0 for e in eps):
+            raise BadInput(f"Causal: eps must be a tuple of one or more finite numbers >= 0, got {self.eps!r}")
+        if not 0 < self.delta < 1:
+            raise BadInput(f"Causal: delta must lie between 0 and 1, got {self.delta!r}")
+        if not isinstance(self.chunks, int) or self.chunks < 1:
+            raise BadInput(f"Causal: chunks must be a whole number >= 1, got {self.chunks!r}")
+        if self.patience is not None and not self.patience >= 1:
+            raise BadInput(f"Causal: patience must be None or at least 1, got {self.patience!r}")
+        object.__setattr__(self, "eps", eps)
 
     def slice_losses(self, squares: Tensor) -> Tensor:
         """L_i: the mean squared residual of each slice; (n,) in order of time -> (chunks,)."""
@@ -55,17 +63,20 @@ class Causal:
 
     def begin(self, steps: int) -> CausalSchedule:
         """The state of one run of that many steps."""
-        return CausalSchedule(self, self.patience or max(1, steps // len(self.eps)))
+        return CausalSchedule(self, max(1, steps // len(self.eps)) if self.patience is None else self.patience)
 
 
 @dataclass
 class CausalSchedule:
-    """Where a run stands: its eps, and the earlier losses S_i and weights of each slice (chunks,) in the last step, float64."""
+    """Where a run stands: the eps of the next step, and the earlier losses S_i and weights of each slice (chunks,) in the last step,
+    float64. ``converged``: in the last step every weight exceeded delta, at the last eps: the paper's test. (With eps = 0 it would say
+    nothing and stays False.)"""
 
     settings: Causal
     patience: int
     level: int = 0
     age: int = 0
+    converged: bool = False
     sums: Tensor | None = field(default=None, repr=False)
     slice_weights: Tensor | None = field(default=None, repr=False)
 
@@ -76,11 +87,6 @@ class CausalSchedule:
     @property
     def min_weight(self) -> float:
         return float("nan") if self.slice_weights is None else float(self.slice_weights.min())
-
-    @property
-    def converged(self) -> bool:
-        """Every weight exceeds delta at the last eps: the paper's test of convergence. (With eps = 0 it would say nothing.)"""
-        return self.level == len(self.settings.eps) - 1 and self.eps > 0 and self.min_weight > self.settings.delta
 
     def strength(self, like: Tensor) -> Tensor:
         """eps as a tensor, so that compiled code need not be made anew when it changes."""
@@ -95,6 +101,7 @@ class CausalSchedule:
         """After a step, with the S_i that it used."""
         self.sums, self.age = sums.detach().double().cpu(), self.age + 1
         self.slice_weights = torch.exp(-self.eps * self.sums)
-        last = self.level == len(self.settings.eps) - 1
-        if not last and (self.min_weight > self.settings.delta or self.age >= self.patience):
+        solved, last = self.min_weight > self.settings.delta, self.level == len(self.settings.eps) - 1
+        self.converged = last and self.eps > 0 and solved  # of the eps just used, before the next one is taken
+        if not last and (solved or self.age >= self.patience):
             self.level, self.age = self.level + 1, 0

@@ -4,20 +4,9 @@ What every forecaster here shares: windows that are cut by time and never across
 training range alone (:mod:`.windows`), and errors in the units that forecasters use (:mod:`.accuracy`).
 """
 
-from neurarium.sequence.forecast import (
-    ARNet,
-    ClassicAR,
-    DieboldMariano,
-    Scaler,
-    Windows,
-    diebold_mariano,
-    mae,
-    mase,
-    rmse,
-    seasonal_naive,
-    smape,
-    stpe,
-)
+from neurarium.sequence.accuracy import DieboldMariano, diebold_mariano, directional_accuracy, mae, mase, rmse, seasonal_naive, smape
+from neurarium.sequence.forecast import ARNet, ClassicAR, stpe
+from neurarium.sequence.windows import Scaler, Windows
 
 __all__ = [
     "ARNet",
@@ -26,6 +15,7 @@ __all__ = [
     "Scaler",
     "Windows",
     "diebold_mariano",
+    "directional_accuracy",
     "mae",
     "mase",
     "rmse",

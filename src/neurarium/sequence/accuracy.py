@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neurarium.errors import BadInput
 
-__all__ = ["DieboldMariano", "diebold_mariano", "mae", "mase", "rmse", "seasonal_naive", "smape"]
+__all__ = ["DieboldMariano", "diebold_mariano", "directional_accuracy", "mae", "mase", "rmse", "seasonal_naive", "smape"]
 
 
 def mae(truth: Tensor, forecast: Tensor) -> float:
@@ -41,6 +41,24 @@ def mase(truth: Tensor, forecast: Tensor, train: Tensor, season: int = 1) -> flo
     if naive == 0:
         raise BadInput(f"the training series repeats every {season} steps exactly, which leaves no unit for the error")
     return mae(truth, forecast) / naive
+
+
+def directional_accuracy(truth: Tensor, forecast: Tensor, last: Tensor) -> float:
+    """Share of the steps at which the forecast moves from ``last``, the last known value, in the direction of the truth.
+
+    ``last`` broadcasts to the forecasts: (n, 1) for (n, horizon). Steps at which the truth does not move are left out.
+    """
+    _errors(truth, forecast)
+    try:
+        last = last.expand_as(truth)
+    except RuntimeError:
+        raise BadInput(f"the last values {tuple(last.shape)} do not broadcast to the forecasts {tuple(truth.shape)}") from None
+    if not all(torch.isfinite(t).all() for t in (truth, forecast, last)):
+        raise BadInput("truth, forecast and last values must be finite")
+    move = (truth - last).sign()
+    if not move.any():
+        raise BadInput("the truth never moves: there is no direction to forecast")
+    return ((forecast - last).sign() == move)[move != 0].double().mean().item()
 
 
 def seasonal_naive(history: Tensor, steps: int, season: int = 1) -> Tensor:

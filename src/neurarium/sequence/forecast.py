@@ -34,7 +34,7 @@ from torch.nn import functional
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import Diverged
 from neurarium.roles import History
-from neurarium.sequence.accuracy import DieboldMariano, diebold_mariano, mae, mase, rmse, seasonal_naive, smape
+from neurarium.sequence.accuracy import DieboldMariano, diebold_mariano, directional_accuracy, mae, mase, rmse, seasonal_naive, smape
 from neurarium.sequence.windows import Scaler, Windows
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Scaler",
     "Windows",
     "diebold_mariano",
+    "directional_accuracy",
     "mae",
     "mase",
     "rmse",
@@ -142,7 +143,7 @@ class ARNet(nn.Module):
         Raises ``BadInput`` for a series that is too short, constant, or not finite, and ``Diverged`` where the loss becomes NaN.
         """
         like = self.layers[0].weight
-        windows = _univariate(series, self.order, self.horizon)
+        windows = _univariate(series, self.order, self.horizon, self.order + self.horizon)
         if epochs < 1 or batch_size < 1:
             raise BadInput(f"epochs and batch_size are at least 1, got {epochs} and {batch_size}")
         scaler = Scaler().fit(series.double())
@@ -208,7 +209,7 @@ class ClassicAR:
 
     def fit(self, series: Tensor) -> ClassicAR:
         """Estimate from (time,), in float64. Raises ``BadInput`` for a series that is too short, constant or not finite."""
-        _univariate(series, 2 * self.max_order + 1, 1)
+        _univariate(series, self.max_order, 1, 2 * self.max_order + 2)
         mean = series.double().mean()
         z = series.double() - mean
         if not z.any():
@@ -225,11 +226,19 @@ class ClassicAR:
 
     def predict(self, x: Tensor) -> Tensor:
         """One step ahead: (..., lags >= order), oldest first -> (..., 1)."""
+        self._fitted()
+        if x.shape[-1] < self.order:
+            raise BadInput(f"a forecast of order {self.order} needs as many values of history, got {x.shape[-1]}")
         return (self.intercept + x[..., -self.order :].double() @ self.coefficients.flip(0))[..., None].to(x)
 
     def forecast(self, series: Tensor, steps: int) -> Tensor:
         """The next ``steps`` values after (..., time), each from the forecasts before it."""
+        self._fitted()
         return _roll(series, steps, self.order, self.predict)
+
+    def _fitted(self) -> None:
+        if not hasattr(self, "coefficients"):
+            raise BadInput("this auto-regression has no coefficients yet: call fit first")
 
 
 def stpe(estimate: Tensor, truth: Tensor) -> float:
@@ -242,10 +251,12 @@ def stpe(estimate: Tensor, truth: Tensor) -> float:
     return (100 * (estimate - truth).abs().sum() / (estimate.abs() + truth.abs()).sum()).item()
 
 
-def _univariate(series: Tensor, lags: int, horizon: int) -> Windows:
+def _univariate(series: Tensor, order: int, horizon: int, needed: int) -> Windows:
     if series.dim() != 1:
         raise BadInput(f"an auto-regression takes one series (time,), not {tuple(series.shape)}")
-    return Windows(series, lags, horizon)
+    if len(series) < needed:
+        raise BadInput(f"an auto-regression of order {order} with horizon {horizon} needs at least {needed} values, got {len(series)}")
+    return Windows(series, order, horizon)
 
 
 def _roll(series: Tensor, steps: int, order: int, predict) -> Tensor:
@@ -253,6 +264,8 @@ def _roll(series: Tensor, steps: int, order: int, predict) -> Tensor:
     if series.shape[-1] < order:
         raise BadInput(f"a forecast of order {order} needs as many values of history, got {series.shape[-1]}")
     known = series[..., series.shape[-1] - order :]
+    if not torch.isfinite(known).all():
+        raise BadInput(f"the last {order} values of the history hold a NaN or an infinity")
     while known.shape[-1] < order + steps:
         window = known[..., known.shape[-1] - order :]
         known = torch.cat([known, predict(window.reshape(-1, order)).reshape(*window.shape[:-1], -1)], -1)

@@ -62,6 +62,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         """
         if any(f <= 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
             raise BadInput(f"fractions are positive and add up to 1, got {tuple(fractions)}")
+        if how not in ("time", "random"):
+            raise BadInput(f"how is 'time' or 'random', not {how!r}")
         if how == "random" and not allow_leak:
             raise BadInput("a random split of overlapping windows leaks: split by time, or pass allow_leak=True")
         n = len(self.series) if how == "time" else len(self)

@@ -79,6 +79,7 @@ def gradients(example: Example) -> None:
         if p.requires_grad:
             assert p.grad is not None, f"no gradient reaches {name}"
             assert torch.isfinite(p.grad).all(), f"the gradient of {name} is not finite"
+            assert p.grad.any(), f"the gradient of {name} is zero everywhere"
 
 
 def _weighted(t: Tensor, i: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurarium.compress.pattern import Pattern, Unstructured, keep_largest
-from neurarium.compress.plan import MaskPlan, apply, prunable
+from neurarium.compress.plan import MaskPlan, apply, prunable, weight_names
 from neurarium.compress.sensitivity import Loss, collect, per_sample_grads
 from neurarium.errors import BadInput
 
@@ -70,7 +70,7 @@ def diagonal_fisher(
     layers, skipped = prunable(model, modules)
     x, y = collect(loader, samples)
     scores = {}
-    for name, module in layers.items():
-        grads = per_sample_grads(model, x, y, loss_fn, names=[f"{name}.weight".lstrip(".")])
+    for parameter, (name, module) in zip(weight_names(layers), layers.items(), strict=True):
+        grads = per_sample_grads(model, x, y, loss_fn, names=[parameter])
         scores[name] = (module.weight.detach().float().flatten() ** 2 * grads.square().mean(0)).view(module.weight.shape)
     return apply(model, plan_scores(model, scores, sparsity, skipped=skipped))

@@ -3,7 +3,7 @@
 Removing weight q alone is best answered by the update -w_q H^-1 e_q / [H^-1]_qq and costs w_q^2 / (2 [H^-1]_qq). For a set of weights
 the single updates are added, which ignores that they interact: that is what CHITA mends.
 
-Source: Singh and Alistarh, WoodFisher (2020), with the inverse by Woodbury on all samples at once instead of one rank-one update a
+*Source*: Singh and Alistarh, WoodFisher (2020), with the inverse by Woodbury on all samples at once instead of one rank-one update a
 sample (the same matrix).
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from neurarium.compress.pattern import keep_largest
-from neurarium.compress.plan import MaskPlan, apply, prunable
+from neurarium.compress.plan import MaskPlan, apply, flat_weights, prunable, shaped, weight_names
 from neurarium.compress.sensitivity import FisherOperator, Loss, collect, per_sample_grads
 from neurarium.errors import BadInput
 
@@ -45,17 +45,11 @@ def woodfisher(
         raise BadInput(f"sparsity must be in [0, 1), got {sparsity}")
     layers, skipped = prunable(model, modules)
     x, y = collect(loader, samples)
-    rows = per_sample_grads(model, x, y, loss_fn, names=[f"{name}.weight".lstrip(".") for name in layers])
-    w = torch.cat([m.weight.detach().flatten() for m in layers.values()]).float()
+    rows = per_sample_grads(model, x, y, loss_fn, names=weight_names(layers))
+    w = flat_weights(layers)
     fisher = FisherOperator(rows, ridge)
     diagonal = fisher.inverse_diagonal()
     mask = keep_largest((w * w / diagonal)[None], w.numel() - round(sparsity * w.numel()))[0]
     if update:
         w = w - fisher.solve(torch.where(mask, 0.0, w / diagonal))
-    w = w * mask
-    sizes = [m.weight.numel() for m in layers.values()]
-    shaped = {
-        name: (part.view(m.weight.shape), kept.view(m.weight.shape))
-        for (name, m), part, kept in zip(layers.items(), w.split(sizes), mask.split(sizes), strict=True)
-    }
-    return apply(model, MaskPlan({k: v[1] for k, v in shaped.items()}, {k: v[0] for k, v in shaped.items()}, skipped=skipped))
+    return apply(model, MaskPlan(shaped(layers, mask), shaped(layers, w * mask), skipped=skipped))

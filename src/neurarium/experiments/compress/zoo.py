@@ -21,7 +21,7 @@ def mlpnet(task: ImageTask, *, epochs: int = 5, seed: int = 0) -> nn.Module:
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(pixels, 40, bias=False), nn.ReLU(), nn.Linear(40, 20, bias=False), nn.ReLU(),
         nn.Linear(20, task.classes, bias=False),
-    )  # fmt: skip
+    ).to(task.train.x.device)  # fmt: skip
     learner = Backprop(optimizer=partial(SGD, lr=0.1, momentum=0.9))
     learner.fit(model, task.train.batches(128, seed=seed), epochs=epochs, seed=seed)
     return model.eval()
@@ -49,7 +49,7 @@ def convnet(task: ImageTask, *, widths: tuple[int, int, int] = (8, 16, 32), epoc
     layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for into, out, stride in zip((widths[0], *widths), widths, (1, 2, 2), strict=False):
         layers.append(Residual(into, out, stride))
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], task.classes))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], task.classes)).to(task.train.x.device)
     batches = task.train.batches(128, seed=seed)
     tune(model, batches, epochs=epochs, lr=0.15, seed=seed)
     return model.eval()
@@ -60,7 +60,7 @@ def tune(model: nn.Module, batches: object, *, epochs: int, lr: float, seed: int
     steps = epochs * len(batches)  # type: ignore[arg-type]
     learner = Backprop(
         optimizer=partial(SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps + 1),
+        schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps),
     )
     learner.fit(model, batches, epochs=epochs, seed=seed)  # type: ignore[arg-type]
 

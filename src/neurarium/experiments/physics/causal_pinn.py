@@ -4,7 +4,8 @@ Allen-Cahn to T = 1, initial data and periodicity exact, 32 time slices x 64 poi
 (3 x 24, 45 steps) train with and without causal weights on the same points from the same start. ``lm_shuffled`` gives the same weights to
 the wrong slices: what remains of the gain if causality does not. Points change during training, so the error wobbles; an arm's error is
 the median of its last five checks. Adam's learning rate is the best of 1e-3, 3e-3, 1e-2 for the *plain* arm. Lorenz: T = 3 in six
-windows, Levenberg-Marquardt with and without weights.
+windows, Levenberg-Marquardt with and without weights. The plain arms log the smallest weight that the causal rule would give them,
+annealed on their own slice losses, without using it: what the weight tells must be measured against a run which it does not steer.
 """
 
 from __future__ import annotations
@@ -40,15 +41,20 @@ class Shuffled(Causal):
 
 
 class Watch:
-    """Follows a run: error on the reference grid, largest sum of earlier losses (which decides the smallest weight), all weights."""
+    """Follows a run: error on the reference grid, largest sum of earlier losses (which decides the smallest weight), all weights.
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    A run without weights is judged by ``rule`` at each check, on fresh points of ``sampler``; its training sees nothing of that.
+    """
+
+    def __init__(self, every: int, rule: Causal, sampler: Slices) -> None:
+        self.every, self.rule, self.sampler = every, rule.begin(10**9), sampler
+        self.generator = torch.Generator().manual_seed(0)
         self.steps: list[float] = []
         self.seconds: list[float] = []
         self.errors: list[float] = []
         self.sums: list[float] = []
         self.weights: list[torch.Tensor] = []
+        self.eps = float("nan")  # of the last check
 
     def __call__(self, progress: Progress) -> None:
         if progress.step % self.every == 0:
@@ -56,13 +62,26 @@ class Watch:
             self.seconds.append(progress.seconds)
             self.errors.append(progress.solution.error()["u"])
             if progress.schedule is not None:
-                self.eps = progress.schedule.eps
+                self.eps = progress.solution.history["eps"][-1]  # the one used: the schedule may have moved on
                 self.sums.append(float(progress.schedule.sums.max()))
                 self.weights.append(progress.schedule.slice_weights)
+            else:
+                self.eps = self.rule.eps
+                self.rule.update(self.unused(progress.solution))
+                self.sums.append(float(self.rule.sums.max()))
+
+    def unused(self, solution: Solution) -> torch.Tensor:
+        """The sums of earlier slice losses S_i which causal training would weigh by."""
+        piece = solution.pieces[-1]
+        like = next(piece.parameters())
+        points = self.sampler(piece.problem.domain, self.generator, like.dtype).to(like.device)
+        with torch.no_grad():
+            squares = sum(r**2 for r in piece.residual(piece.problem.residual, points, piece.problem.orders()))
+        return self.rule.settings.earlier(self.rule.settings.slice_losses(squares))
 
     def min_weight(self) -> list[float]:
-        """The smallest weight at each check, at the last eps of the run; 1 without weights."""
-        return [math.exp(-self.eps * s) for s in self.sums] or [1.0] * len(self.errors)
+        """The smallest weight at each check, at the last eps of the run."""
+        return [math.exp(-self.eps * s) for s in self.sums]
 
 
 def run(trial: Trial) -> None:
@@ -92,7 +111,7 @@ def run(trial: Trial) -> None:
             _trajectory(arm, solution)
             continue
         first = arm.name.startswith("adam")
-        watch = Watch(every=trial.scale(smoke=2, laptop=100) if first else 1)
+        watch = Watch(trial.scale(smoke=2, laptop=100) if first else 1, FIRST_ORDER if first else SECOND_ORDER, slices)
         steps = trial.scale(smoke=12, laptop=4000) if first else trial.scale(smoke=6, laptop=45)
         solution = solver.solve(problem, steps=steps, seed=trial.seed, callbacks=[watch])
         arm.log(error=median(watch.errors[-5:]), residual=solution.residual())
@@ -149,7 +168,9 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     below.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative L2 error", title="Error against time spent")
 
     if grids := record.grids("lm_causal", "weights"):
-        image = right.imshow(np.asarray(grids[0]).T, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=(1, 45, 0, 1))
+        weights = np.asarray(grids[0]).T  # (slices, checks): one check a step, slices over t in [0, 1]
+        span = (0.5, weights.shape[1] + 0.5, 0, 1)
+        image = right.imshow(weights, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=span)
         fig.colorbar(image, ax=right, label="weight $w_i$")
     right.set(xlabel="step", ylabel="time t", title="Causal weights: the solved front moves on (LM)")
 

@@ -140,9 +140,9 @@ def selection(estimate: Callable, n: int, epochs: int, trial: Trial) -> tuple[di
     """Distance to the truth, support found, and one-step error on a fresh series, for too high orders."""
     seed, out = trial.seed, {}
     series, fresh = data.arma(SPARSE, [], n, seed=500 + seed), data.arma(SPARSE, [], n, seed=900 + seed)
-    for p in trial.scale(smoke=(20,), laptop=(20, 100)) + trial.scale(smoke=(30,), laptop=()):
+    for p in (20, 100):
         weights = estimate(series, p, epochs, seed)
-        name = "p20" if p == 20 else "p100"
+        name = f"p{p}"
         windows = Windows(fresh, p)
         true = torch.zeros(p, dtype=torch.bool)
         true[list(LAGS)] = True

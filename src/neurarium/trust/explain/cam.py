@@ -82,7 +82,7 @@ def class_activation(
         target: the class, one for each image (n,), several for each image (n, k), or None for the class of the largest logit.
         layer: name of the submodule whose output is A; by default the last that returns feature maps.
         method: one of :data:`METHODS`. ``samples`` and ``noise`` (a share of each image's range) matter to the last two.
-        channels: these feature maps only, or so many of the largest weight.
+        channels: these feature maps only, or so many of the largest weight (``averaged_gradcam`` chooses for each copy).
         neurons: boolean (height, width) of the layer: only derivatives at these positions count.
         upsample: enlarge the map to the image; otherwise it has the layer's size.
         seed: of the noise.
@@ -94,6 +94,7 @@ def class_activation(
     """
     _check(x, method, samples, noise, activation, batch_size)
     x = x.detach()
+    top = channels if method == "averaged_gradcam" and isinstance(channels, int) else None
     if method in ("smooth_gradcam++", "averaged_gradcam") and noise > 0.0:
         copies = noise * torch.randn((samples, *x.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(x)
     else:
@@ -107,8 +108,8 @@ def class_activation(
             part = x[i : i + rows]
             with capture(model, [site], part, grad=False) as clean:
                 logits, maps = clean.output, clean[site]
-            classes = _classes(target, logits, slice(i, i + rows), len(x))
-            mean = _moments(model, site, part, classes, copies, _mask(neurons, channels, maps), batch_size)
+            classes = chosen_classes(target, logits, slice(i, i + rows), len(x))
+            mean = _moments(model, site, part, classes, copies, _mask(neurons, channels, maps), batch_size, top)
             chunks.append((*_map(method, mean, maps[:, None] if activation == "clean" else mean.a, channels), logits, classes))
     cam, weights, logits, classes = (torch.cat(c) for c in zip(*chunks))
     if upsample:
@@ -126,9 +127,12 @@ class _Moments(NamedTuple):
     g3: Tensor
     a: Tensor  # (n, 1, channels, h, w)
     cam: Tensor  # (n, k, h, w), Grad-CAM's map of each copy
+    weights: Tensor  # (n, k, channels), of these maps
 
 
-def _moments(model: nn.Module, site: str, x: Tensor, classes: Tensor, copies: Tensor, keep: Tensor | None, batch_size: int) -> _Moments:
+def _moments(
+    model: nn.Module, site: str, x: Tensor, classes: Tensor, copies: Tensor, keep: Tensor | None, batch_size: int, top: int | None
+) -> _Moments:  # fmt: skip
     n, k = classes.shape
     spread = (x.amax((1, 2, 3)) - x.amin((1, 2, 3))).view(n, 1, 1, 1, 1)
     sums: list[Tensor] = []
@@ -142,15 +146,18 @@ def _moments(model: nn.Module, site: str, x: Tensor, classes: Tensor, copies: Te
         g, a = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (g, a))
         if keep is not None:
             g = g * keep
-        cam = (g.mean((-2, -1), keepdim=True) * a).sum(-3).relu()
-        terms = [t.sum(1) for t in (g, g.square(), g.pow(3), a, cam)]
+        weights = g.mean((-2, -1)) if top is None else _largest(g.mean((-2, -1)), top)
+        cam = (weights[..., None, None] * a).sum(-3).relu()
+        terms = [t.sum(1) for t in (g, g.square(), g.pow(3), a, cam, weights)]
         sums = [s + t for s, t in zip(sums, terms)] if sums else terms
     return _Moments(*(s / len(copies) for s in sums))
 
 
 def _map(method: str, mean: _Moments, a: Tensor, channels: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """The scaled map (n, k, h, w) and the weights (n, k, channels)."""
-    if method in ("gradcam", "averaged_gradcam"):
+    if method == "averaged_gradcam":
+        weights = mean.weights
+    elif method == "gradcam":
         weights = mean.g.mean((-2, -1))
     else:
         product = a.sum((-2, -1), keepdim=True) * mean.g3
@@ -158,15 +165,20 @@ def _map(method: str, mean: _Moments, a: Tensor, channels: int | Sequence[int] |
         sure = below.abs() > 1e-6 * (2.0 * mean.g2 + product.abs())
         alpha = torch.where(sure, mean.g2 / torch.where(sure, below, 1.0), 0.0)
         weights = (alpha * mean.g.relu()).sum((-2, -1))
-    if isinstance(channels, int):
-        best = weights.topk(channels, -1).indices
-        weights = torch.zeros_like(weights).scatter(-1, best, weights.gather(-1, best))
+    if isinstance(channels, int) and method != "averaged_gradcam":
+        weights = _largest(weights, channels)
     cam = mean.cam if method == "averaged_gradcam" else (weights[..., None, None] * a).sum(-3).relu()
     low, high = cam.amin((-2, -1), keepdim=True), cam.amax((-2, -1), keepdim=True)
     return torch.where(high > low, (cam - low) / torch.where(high > low, high - low, 1.0), 0.0), weights
 
 
-def _classes(target: int | Tensor | None, logits: Tensor, rows: slice, n: int) -> Tensor:
+def _largest(weights: Tensor, count: int) -> Tensor:
+    """The weights (..., channels) with all but the ``count`` largest set to zero."""
+    best = weights.topk(count, -1).indices
+    return torch.zeros_like(weights).scatter(-1, best, weights.gather(-1, best))
+
+
+def chosen_classes(target: int | Tensor | None, logits: Tensor, rows: slice, n: int) -> Tensor:
     """(rows, k) int64."""
     if logits.ndim != 2:
         raise UnsupportedModel(f"the output must be logits (n, classes), got shape {tuple(logits.shape)}")

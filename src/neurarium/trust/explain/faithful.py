@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neurarium.errors import BadInput
+from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.meter import undisturbed
 from neurarium.roles import Report
+from neurarium.trust.explain.cam import chosen_classes
 
 __all__ = ["Faithfulness", "faithfulness"]
 
@@ -68,7 +69,6 @@ def faithfulness(
         raise BadInput("x and maps must be finite")
     if score not in _SCORES or steps < 1:
         raise BadInput(f"score must be one of {', '.join(_SCORES)} and steps at least 1, got {score!r} and {steps}")
-    classes = torch.as_tensor(target, device=x.device).expand(n)
     empty = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     order = _ranks(maps, seed)  # 0 is the most relevant
     pixels = order[0].numel()
@@ -79,6 +79,13 @@ def faithfulness(
             logits = torch.cat([model(part) for part in images.split(batch_size)])
             return _SCORES[score](logits).gather(1, classes[:, None])[:, 0]
 
+        with torch.no_grad():
+            logits = model(x[:1])
+        if not isinstance(logits, Tensor):
+            raise UnsupportedModel(f"the output must be logits (n, classes), got {type(logits).__name__}")
+        if torch.as_tensor(target).ndim > 1:
+            raise BadInput(f"target must be a class or (n,) classes, got {torch.as_tensor(target).ndim} axes")
+        classes = chosen_classes(target, logits, slice(0, n), n)[:, 0]
         deletion, insertion = [], []
         for step in range(steps + 1):
             gone = (order * steps < step * pixels)[:, None]
