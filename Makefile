@@ -1,5 +1,6 @@
 # make run   installs neurarium into .venv and runs the demo and one paper
 # make test  installs what the tests need and runs every check
+# make docs  builds the atlas into site/; make screenshots takes the README's pictures of it
 # Neither needs a network beyond the package index.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ test check: export OMP_NUM_THREADS := 1
 run test check: export NEURARIUM_OFFLINE := 1
 test check: export MPLBACKEND := Agg
 
-.PHONY: run test check clean
+.PHONY: run test check docs screenshots clean
 
 run: .venv/.installed
 	$(BIN)/neurarium demo
@@ -28,6 +29,12 @@ check:
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2
 
+docs: .venv/.installed-docs
+	$(BIN)/neurarium site build --out site
+
+screenshots: docs
+	$(BIN)/neurarium site screenshots --out site --to docs/assets
+
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "neurarium needs Python 3.11 or later; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -41,9 +48,13 @@ check:
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+.venv/.installed-docs: .venv/.torch pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@ .venv/.installed
+
 .venv/.installed-test: .venv/.torch pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@ .venv/.installed
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .benchmarks
+	rm -rf .venv build dist runs site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .benchmarks

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _SUBPACKAGES = (
     "catalog", "compress", "data", "dynamic", "errors", "experiments", "lab", "learn", "meter", "nn", "physics", "roles", "sequence",
-    "spiking", "testing", "trust",
+    "site", "spiking", "testing", "trust",
 )  # fmt: skip
 
 __all__ = ["__version__", *_SUBPACKAGES]

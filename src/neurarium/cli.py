@@ -38,6 +38,8 @@ _OPTIONS: dict[str, Any] = {"add_completion": False, "no_args_is_help": True, "r
 app = typer.Typer(name="neurarium", help="Neural-network papers as working, composable PyTorch parts.", **_OPTIONS)
 data_app = typer.Typer(help="Data sets: what there is, what is here, and where it lies.", **_OPTIONS)
 app.add_typer(data_app, name="data")
+site_app = typer.Typer(help="The atlas: a static site of all papers, verdicts and guides.", **_OPTIONS)
+app.add_typer(site_app, name="site")
 
 
 class Scale(StrEnum):
@@ -388,6 +390,48 @@ def data_where(name: Annotated[str, typer.Argument(help="A data set's name.")]) 
     from neurarium import data
 
     print(data.where(name))
+
+
+SiteOut = Annotated[Path, typer.Option("--out", help="Folder of the built site.")]
+
+
+@site_app.command("build")
+def site_build(
+    out: SiteOut = Path("site"),
+    records: Annotated[Path | None, typer.Option("--records", help="Folder. Default: the published ones.", show_default=False)] = None,
+) -> None:
+    """Build the atlas from the catalog, the docstrings and the published records."""
+    from neurarium import site
+
+    print(site.build(out, records=records) / "index.html")
+
+
+@site_app.command("serve")
+def site_serve(
+    out: SiteOut = Path("site"), port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000
+) -> None:
+    """Serve the built atlas on 127.0.0.1; it is built first if it is not there."""
+    from neurarium import site
+
+    if not (out / "index.html").is_file():
+        site.build(out)
+    with site.serve(out, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+@site_app.command("screenshots")
+def site_screenshots(
+    out: SiteOut = Path("site"), to: Annotated[Path, typer.Option("--to", help="Folder of the pictures.")] = Path("docs/assets")
+) -> None:
+    """Take the README's pictures of the built atlas; needs Chromium."""
+    from neurarium.site.screenshots import screenshots
+
+    for path in screenshots(out, to):
+        print(path)
 
 
 @app.command()
