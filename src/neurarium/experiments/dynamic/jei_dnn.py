@@ -98,7 +98,7 @@ class Trained:
 
 
 def run(trial: Trial) -> None:
-    warmup, epochs = trial.scale(smoke=(1, 2), laptop=(3, 15))  # of classifier steps
+    warmup, epochs = trial.scale(smoke=(1, 2), laptop=(2, 10))  # of classifier steps
 
     def bench() -> Bench:
         return trial.shared("bench", lambda: prepare(trial))
