@@ -204,6 +204,49 @@ def test_unusable_settings_are_refused():
 
         JEIDNN(Headless())
     one = ExitChain([nn.Linear(2, 2)], [nn.Linear(2, 2)])
+    nan = float("nan")
     for call in (lambda: JEIDNN(one), lambda: policy(alternate=0), lambda: policy(target="luck")):
         with pytest.raises(BadInput):
             call()
+    for wrong in (nan, -0.1, float("inf")):
+        with pytest.raises(BadInput, match="tradeoff"):
+            policy(tradeoff=wrong)
+    with pytest.raises(BadInput, match="warmup_epochs"):
+        policy(warmup_epochs=-1)
+
+
+def test_unusable_batches_are_refused():
+    p, (x, y) = policy(alternate=1, warmup_epochs=0), _batch(4, 0)
+    for wrong in (y.float(), y + 2, y - 3, y[:3], y > 0):
+        for step in (0, 1):
+            with pytest.raises(BadInput, match="labels"):
+                p.loss(x, wrong, step)
+        with pytest.raises(BadInput, match="labels"):
+            p.begin_epoch(0, 0, [(x, wrong)])
+    x[1, 0, 2, 3] = float("nan")
+    for mode in ("compact", "masked", "loop"):
+        with pytest.raises(BadInput, match="NaN"):
+            p.decide(x, mode=mode)
+
+
+@pytest.mark.parametrize("alternate", [1, 10**9])  # jointly, and gates learned afterwards
+def test_gate_steps_hold_the_classifiers_constant(alternate):
+    torch.manual_seed(0)
+    net = BackboneS(classes=3)
+    for k, width in enumerate((16, 32, 48)):
+        net.heads[k] = nn.Sequential(
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(4 * width), nn.Dropout(0.5), nn.Linear(4 * width, 3)
+        )
+    p, (x, y) = JEIDNN(net, alternate=alternate, warmup_epochs=0).train(), _batch(12, 0)
+    before = {k: v.clone() for k, v in p.staged.state_dict().items()}
+    optimizer = torch.optim.AdamW([q for q in p.parameters() if q.requires_grad], lr=0.1)
+    first = p.loss(x, y, 0)
+    assert torch.equal(first, p.loss(x, y, 0))  # nothing random
+    first.backward()
+    optimizer.step()
+    after = p.staged.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert p.gate.weight.any() and p.staged.heads[0][2].training and not p.staged.segments[0].training
+    if alternate == 1:
+        p.loss(x, y, 1)
+        assert not torch.equal(before["heads.0.2.running_mean"], p.staged.state_dict()["heads.0.2.running_mean"])

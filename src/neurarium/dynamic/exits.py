@@ -1,7 +1,7 @@
 """Early exits: a chain of segments with a small classifier after each, and the policy that stops at the first sure one.
 
-:func:`staged` puts exits on a model of yours; :class:`EarlyExit` trains them and decides with any gate and any thresholds. Policies that
-learn when to stop build on it.
+:func:`with_exits` puts exits on a model of yours; :class:`EarlyExit` trains them and decides with any gate and any thresholds. Policies
+that learn when to stop build on it.
 
 *Source.* Exits after intermediate layers, trained jointly by a sum of losses: BranchyNet (Teerapittayanon et al. 2016); heads that pool to
 2x2 rather than to 1x1 keep where things are, without which heads on few channels are too weak to let anything leave.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from neurarium.dynamic.budget import Curve, calibrate
 from neurarium.dynamic.cost import CostTable, evaluating
@@ -29,7 +30,7 @@ from neurarium.learn.chain import as_chain
 from neurarium.learn.fit import to
 from neurarium.roles import Loader
 
-__all__ = ["EarlyExit", "ExitChain", "freeze_backbone", "head", "with_exits"]
+__all__ = ["EarlyExit", "ExitChain", "check_labels", "freeze_backbone", "head", "with_exits"]
 
 
 class ExitChain(nn.Module):
@@ -152,11 +153,22 @@ def freeze_backbone(staged: Any) -> list[nn.Parameter]:
     return list(early.parameters())
 
 
+def check_labels(y: Tensor, readout: Tensor) -> None:
+    """Raise :class:`BadInput` unless ``y`` is one class number for each row of ``readout`` (n, classes)."""
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise BadInput(f"labels must be integers, not {y.dtype}")
+    n, classes = readout.shape[0], readout.shape[-1]
+    if y.shape != (n,):
+        raise BadInput(f"{n} rows need labels of shape ({n},), not {tuple(y.shape)}")
+    if n and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise BadInput(f"labels must lie in 0..{classes - 1}, not {int(y.min())}..{int(y.max())}")
+
+
 class EarlyExit(Policy):
     """Stop at the first exit that is sure enough.
 
     Args:
-        staged: a :class:`~neurarium.dynamic.outcome.Staged` network; :func:`staged` makes one of an ordinary model.
+        staged: a :class:`~neurarium.dynamic.outcome.Staged` network; :func:`with_exits` makes one of an ordinary model.
         gate: the question; the largest probability by default.
         threshold: where to stop, at every exit the same; above 1 is never. ``calibrate`` allows ``budget=`` besides.
         frozen: train the early heads alone.
@@ -168,9 +180,7 @@ class EarlyExit(Policy):
     def __init__(self, staged: Staged, gate: Gate | None = None, *, threshold: float = 0.9, frozen: bool = False) -> None:
         super().__init__()
         if not isinstance(staged, nn.Module) or not isinstance(staged, Staged):
-            raise UnsupportedModel(
-                "has no n_stages, start and stage: with_exits(model, example) adds them", module=type(staged).__name__
-            )
+            raise UnsupportedModel("has no n_stages, start and stage: with_exits(model, example) adds them", module=type(staged).__name__)
         self.staged = staged
         self.gate = MaxProb() if gate is None else gate
         self.frozen = frozen
@@ -181,6 +191,8 @@ class EarlyExit(Policy):
             freeze_backbone(staged)
 
     def decide(self, x: Any, *, budget: float | None = None, threshold: float | None = None, mode: Mode = "compact") -> Outcome:
+        if any(part.isnan().any() for part in tree_leaves(x) if isinstance(part, Tensor) and part.is_floating_point()):
+            raise BadInput("the input has NaN: no exit can be sure of what it says about that")
         tau = self.setting(x, budget=budget, threshold=threshold)
         totals = self.costs(x).tensor(tau.device)
         return run(self.staged, self.gate, tau, x, totals=totals, mode=mode, chunk=self.chunk)

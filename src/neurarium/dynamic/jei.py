@@ -29,7 +29,9 @@ softmax an exit at run time. One trained policy for each lambda; ``calibrate`` g
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -37,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurarium.dynamic.cost import evaluating
-from neurarium.dynamic.exits import EarlyExit
+from neurarium.dynamic.exits import EarlyExit, check_labels
 from neurarium.dynamic.gates import FEATURES, LearnedGate, exit_probabilities
 from neurarium.dynamic.outcome import Staged
 from neurarium.errors import BadInput
@@ -77,6 +79,10 @@ class JEIDNN(EarlyExit):
             raise BadInput("JEI-DNN needs at least one exit before the last stage")
         if alternate < 1:
             raise BadInput(f"alternate must be at least 1 batch, not {alternate}")
+        if not 0 <= tradeoff < math.inf:
+            raise BadInput(f"tradeoff must be a finite number of at least 0, not {tradeoff}")
+        if warmup_epochs < 0:
+            raise BadInput(f"warmup_epochs must be at least 0, not {warmup_epochs}")
         if target not in ("cross_entropy", "error", "confidence"):
             raise BadInput(f"target must be 'cross_entropy', 'error' or 'confidence', not {target!r}")
         super().__init__(staged, LearnedGate(max(1, getattr(staged, "n_stages", 2) - 1), gate_features), threshold=0.5, frozen=True)
@@ -98,7 +104,10 @@ class JEIDNN(EarlyExit):
     def loss(self, x: Any, y: Tensor, step: int = 0) -> Tensor:
         phase = self.phase(step)
         with torch.set_grad_enabled(phase != "gate" and torch.is_grad_enabled()):
-            readouts = torch.stack(self.outputs(x), 1)  # (n, L, classes)
+            # In a gate step the classifiers are constants: no statistics move, nothing is dropped.
+            with evaluating(self.staged) if phase == "gate" else nullcontext():
+                readouts = torch.stack(self.outputs(x), 1)  # (n, L, classes)
+            check_labels(y, readouts)
             ce = _cross_entropy(readouts, y)
         if phase == "warmup":
             return warmup_loss(ce)
@@ -154,7 +163,9 @@ class JEIDNN(EarlyExit):
         with evaluating(self):
             for x, y in loader:
                 x, y = to(x, self.tau.device), to(y, self.tau.device)
-                yield torch.stack(self.outputs(x), 1), y, x
+                readouts = torch.stack(self.outputs(x), 1)
+                check_labels(y, readouts)
+                yield readouts, y, x
 
 
 def _cross_entropy(readouts: Tensor, y: Tensor) -> Tensor:

@@ -1,12 +1,18 @@
 """JEI-DNN against thresholded exits on one frozen backbone.
 
 Images carry noise of a strength that differs from image to image (and that no network is told), so that easy and hard rows exist and one
-can measure whether hard ones go further. The backbone is trained first; every arm then trains the same exits on the same cached features of
-the same images for the same number of steps.
+can measure whether hard ones go further. The backbone is trained first; every arm then trains exits on the same cached features of the same
+images. Thresholded exits take as many steps as JEI-DNN's classifiers take (its gate steps come on top), and each method has its own
+learning rate, chosen from the same three by what both are for: on validation data, the smallest cross-entropy of the answers + lambda times
+their cost (thresholded exits with the threshold that is best for that).
+
+``gain``: accuracy minus that of one threshold at the same cost, at the lambdas of :data:`CLAIMED`. ``ece_mid``: calibration error at the
+relative costs :data:`MIDDLE`, read off the arm's own curve; NaN where the curve does not get there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +31,7 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.staged import dense, pick
 from neurarium.dynamic.train import CachedStages, cached, fit_policy
+from neurarium.experiments.dynamic.judging import at_cost, best_exits, calibration_error, correlation, set_size
 from neurarium.learn.fit import Backprop
 from neurarium.meter import latency
 
@@ -33,9 +40,13 @@ if TYPE_CHECKING:
 
     from neurarium.lab import RecordView, Trial
 
-TRADEOFFS = (0.2, 0.5, 1.0, 2.0)  # lambda
+TRADEOFFS = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # lambda
+CLAIMED = slice(3, None)  # the claim on accuracy is about 0.2, 0.5, 1 and 2; smaller ones complete the curve
+TUNED = 0.5  # the lambda at which rates are compared
+RATES = (0.001, 0.003, 0.01)
+MIDDLE = np.linspace(0.4, 0.65, 6)
 WIDTHS = (16, 32, 48, 64)
-BATCH, RATE = 128, 0.01
+BATCH = 125
 
 LABELS = {
     "threshold": "one max-probability threshold",
@@ -58,89 +69,107 @@ class Bench:
     calibration: TensorData
     test: TensorData
     noise: Tensor  # (test rows,) standard deviation of the noise on each image
-    images: Tensor  # (rows, 1, height, width), for timing
+    images: Tensor  # (rows, channels, height, width), for timing
+
+    @property
+    def judged(self) -> tuple[TensorData, TensorData, TensorData]:
+        return self.val, self.calibration, self.test
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A policy and everything that it could say about the calibration and the test rows."""
+    """A policy and everything that it could say about the validation, the calibration and the test rows."""
 
     policy: EarlyExit
-    readouts: tuple[Tensor, Tensor]  # (n, exits, classes)
-    scores: tuple[Tensor, Tensor]  # (n, exits - 1)
+    rate: float
+    readouts: tuple[Tensor, ...]  # three times (n, exits, classes)
+    scores: tuple[Tensor, ...]  # (n, exits - 1)
+    relative_cost: Tensor  # (exits,)
 
-    def choices(self, threshold: float | None = None) -> tuple[Tensor, Tensor]:
-        """Exits of the calibration and of the test rows."""
-        tau = self.policy.setting(None, threshold=threshold)
-        calibration, test = (pick(y, s, tau)[1] for y, s in zip(self.readouts, self.scores))
-        return calibration, test
+    def choices(self, threshold: float | None = None) -> tuple[Tensor, ...]:
+        """Exits of the validation, the calibration and the test rows."""
+        tau = self.policy.setting(None, threshold=threshold).cpu()
+        return tuple(pick(y, s, tau)[1] for y, s in zip(self.readouts, self.scores))
+
+    def sweep(self, split: int) -> list[float]:
+        """Thresholds between "all leave at once" and "nobody leaves early", from the scores of one split."""
+        quantiles = self.scores[split].flatten().double().quantile(torch.linspace(0, 1, 39, dtype=torch.float64))
+        return [-1.0, *quantiles.tolist(), 2.0]
 
 
 def run(trial: Trial) -> None:
-    epochs = trial.scale(smoke=5, laptop=30)
-    alternate = trial.scale(smoke=2, laptop=25)  # the paper's 200 batches, for runs of an eighth of their steps or less
+    warmup, epochs = trial.scale(smoke=(1, 2), laptop=(2, 10))  # of classifier steps
 
     def bench() -> Bench:
         return trial.shared("bench", lambda: prepare(trial))
 
     def plain() -> Trained:
         b = bench()
-        return train(EarlyExit(fresh(b), frozen=True), b, epochs, trial.seed)
+        runs = [train(EarlyExit(fresh(b, trial), frozen=True), b, epochs, rate, trial) for rate in RATES]
+        return min(runs, key=lambda t: min(objective(t, b, t.choices(s)) for s in t.sweep(0)))
+
+    def each(policy: Callable[[float], JEIDNN], epochs: int) -> list[Trained]:
+        """A policy for each lambda, at the rate that is best at one."""
+        b = bench()
+        best = min((train(policy(TUNED), b, epochs, rate, trial) for rate in RATES), key=lambda t: objective(t, b, t.choices()))
+        return [best if t == TUNED else train(policy(t), b, epochs, best.rate, trial) for t in TRADEOFFS]
 
     def jointly() -> list[Trained]:
         b = bench()
-        return [
-            train(JEIDNN(fresh(b), tradeoff=t, alternate=alternate, warmup_epochs=epochs // 5), b, epochs, trial.seed) for t in TRADEOFFS
-        ]
+        alternate = len(b.train) // BATCH // 4  # a quarter of an epoch, as the paper's 200 batches
+        make = partial(JEIDNN, alternate=alternate, warmup_epochs=warmup)
+        return each(lambda t: make(fresh(b, trial), tradeoff=t), warmup + 2 * (epochs - warmup))
 
     def gates_after() -> list[Trained]:
-        b, exits = bench(), trial.shared("plain", plain).policy.staged
-        gates_only = {"alternate": 10**9, "warmup_epochs": 0}  # as many gate steps as the joint training has
-        return [train(JEIDNN(deepcopy(exits), tradeoff=t, **gates_only), b, 2 * epochs // 5, trial.seed) for t in TRADEOFFS]
+        exits = trial.shared("plain", plain).policy.staged
+        make = partial(JEIDNN, alternate=10**9, warmup_epochs=0)  # gate steps only, as many as the joint training has
+        return each(lambda t: make(deepcopy(exits), tradeoff=t), epochs - warmup)
 
     for arm in trial.arms("threshold", "jei", "threshold_gate_learned", "random_exit", "oracle"):
-        b = bench()
-        points = []
+        b, exits = bench(), trial.shared("plain", plain)
+        curve = [judge(exits, exits.choices(s), b) for s in exits.sweep(1)]  # the grid comes from the calibration rows alone
         if arm.name == "threshold":
-            exits = trial.shared("plain", plain)
-            # The grid comes from the calibration rows alone.
-            quantiles = exits.scores[0].flatten().double().quantile(torch.linspace(0, 1, 39, dtype=torch.float64))
-            points = [judge(exits, exits.choices(t), b) for t in (-1.0, *quantiles.tolist(), 2.0)]
-        elif arm.name == "threshold_gate_learned":
-            points = [judge(t, t.choices(), b) for t in gates_after()]
+            trained, points = [exits], curve
         else:
-            for tradeoff, joint in zip(TRADEOFFS, trial.shared("jointly", jointly)):
-                choices = joint.choices()
+            trained = gates_after() if arm.name == "threshold_gate_learned" else trial.shared("jointly", jointly)
+            points = []
+            for tradeoff, one in zip(TRADEOFFS, trained):
+                choices = one.choices()
                 if arm.name == "random_exit":  # the same shares of exits, on other rows
                     choices = tuple(c[torch.randperm(len(c))] for c in choices)
                 elif arm.name == "oracle":  # the exit of smallest cost, knowing the label
-                    choices = best_exits(joint, b, tradeoff)
-                points.append(judge(joint, choices, b))
-                if arm.name == "jei":
-                    points[-1]["time_ratio"] = time_ratio(joint.policy, b.images)
+                    choices = tuple(best_exits(losses(y, d.y), one.relative_cost, tradeoff) for y, d in zip(one.readouts, b.judged))
+                points.append(judge(one, choices, b))
         arm.grid("exits", np.array([p.pop("share") for p in points]))
-        arm.log(**{name: [p[name] for p in points] for name in points[0]})
+        logged = {name: [p[name] for p in points] for name in points[0]}
+        cost, reference = logged["cost"], [[p[name] for p in curve] for name in ("cost", "accuracy")]
+        gain = [a - t for a, t in zip(logged["accuracy"], at_cost(cost, *reference))]
+        arm.log(**logged, gain=gain if arm.name == "threshold" else gain[CLAIMED], ece_mid=at_cost(MIDDLE, cost, logged["ece"]))
+        arm.log(rate=trained[0].rate)
+        if arm.name == "jei":
+            arm.log_timed(time_ratio=[time_ratio(t.policy, b.images) for t in trained])
 
 
 def prepare(trial: Trial) -> Bench:
     """Data, backbone, features."""
     if trial.name == "smoke":
-        task, (own, val), passes = data.images("digits", seed=trial.seed), (600, 200), 2
+        task, (own, val), passes = data.images("digits", seed=trial.seed), (500, 200), 2
     else:
-        task, (own, val), passes = data.images("mnist", train=10_000, seed=trial.seed), (6_000, 2_000), 4
+        task, (own, val), passes = data.images("cifar10", train=10_000, size=28, seed=trial.seed), (6_000, 2_000), 4
     generator = torch.Generator().manual_seed(trial.seed)
     train, rest = task.train.split(own, seed=trial.seed)
     draws = [noisy(train, generator)[0] for _ in range(passes)]  # new noise in each pass
     (rest, _), (test, noise) = noisy(rest, generator), noisy(task.test, generator)
     watched, calibration = rest.split(val, seed=trial.seed)
-    backbone = BackboneS(classes=task.classes)
+    backbone = BackboneS(channels=task.shape[0], classes=task.classes).to(trial.device)
     batches = TensorData(torch.cat([d.x for d in draws]), torch.cat([d.y for d in draws])).batches(64, seed=trial.seed)
     schedule = partial(OneCycleLR, max_lr=5e-3, total_steps=len(batches))
     Backprop(optimizer=AdamW, schedule=schedule).fit(backbone, batches, epochs=1, seed=trial.seed)
     backbone.eval()
-    cache = CachedStages(backbone, EarlyExit(backbone).costs(test.x), test.x)
-    features = [cache.collect(d.batches(500, shuffle=False)) for d in (draws[0], watched, calibration, test)]
-    return Bench(backbone, *features, noise, test.x[:128])
+    images = test.x[:128].to(trial.device)
+    cache = CachedStages(backbone, EarlyExit(backbone).costs(images), images)
+    features = [cache.collect(d.batches(500, shuffle=False)).to("cpu") for d in (draws[0], watched, calibration, test)]
+    return Bench(backbone, *features, noise, images)
 
 
 def noisy(clean: TensorData, generator: torch.Generator) -> tuple[TensorData, Tensor]:
@@ -150,11 +179,11 @@ def noisy(clean: TensorData, generator: torch.Generator) -> tuple[TensorData, Te
     return TensorData(x, clean.y), strength
 
 
-def fresh(bench: Bench) -> ExitChain:
+def fresh(bench: Bench, trial: Trial) -> ExitChain:
     """The trained backbone with new early heads, the same in every arm.
 
-    They standardise their features, which at inference is part of the linear map: without it they are far from converged after 30 epochs,
-    thresholded exits are then badly calibrated, and any comparison with them flatters the other side.
+    They standardise their features, which at inference is part of the linear map: without it they are far from converged after the epochs
+    that there are, thresholded exits are then badly calibrated, and any comparison with them flatters the other side.
     """
     last = bench.backbone.heads[-1]
 
@@ -163,64 +192,49 @@ def fresh(bench: Bench) -> ExitChain:
         return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), standard, nn.Linear(inputs, last[-1].out_features))
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(trial.seed)
         heads = [head(4 * width) for width in WIDTHS[:-1]]
-    return deepcopy(ExitChain(list(bench.backbone.segments), [*heads, last]).eval())
+    return deepcopy(ExitChain(list(bench.backbone.segments), [*heads, last]).to(trial.device).eval())
 
 
-def train(policy: EarlyExit, bench: Bench, epochs: int, seed: int) -> Trained:
-    """AdamW at the rate that gave the thresholded exits the smallest validation loss, cosine to zero; the same for all arms."""
-    batches = bench.train.batches(BATCH, seed=seed)
+def train(policy: EarlyExit, bench: Bench, epochs: int, rate: float, trial: Trial) -> Trained:
+    """AdamW, cosine to zero over the method's own steps."""
+    policy.to(trial.device)
+    batches = bench.train.to(trial.device).batches(BATCH, seed=trial.seed, drop_last=True)
+    val = bench.val.to(trial.device).batches(2_000, shuffle=False)
     schedule = partial(CosineAnnealingLR, T_max=epochs * len(batches))
-    optimizer = partial(AdamW, lr=RATE)
     with cached(policy, bench.images) as cache:
-        fit_policy(policy, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, val=bench.val.batches(500), seed=seed)
+        fit_policy(policy, batches, epochs=epochs, optimizer=partial(AdamW, lr=rate), schedule=schedule, val=val, seed=trial.seed)
         policy.eval()
         with torch.no_grad():
-            readouts, scores = zip(*(dense(cache, policy.gate, d.x) for d in (bench.calibration, bench.test)))
-    return Trained(policy, readouts, scores)
+            said = [[part.cpu() for part in dense(cache, policy.gate, d.x.to(trial.device))] for d in bench.judged]
+    table = policy.costs(bench.images)
+    return Trained(policy, rate, *zip(*said), table.tensor().double() / table.full)
 
 
-def best_exits(joint: Trained, bench: Bench, tradeoff: float) -> tuple[Tensor, ...]:
-    """argmin_l CE_l + lambda ic_l."""
-    price = tradeoff * joint.policy.relative_cost(bench.images)
-    sets = zip(joint.readouts, (bench.calibration.y, bench.test.y))
-    return tuple((joint.policy.badness(readouts, y) + price).argmin(1) for readouts, y in sets)
+def losses(readouts: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each exit, ``(n, exits, classes) -> (n, exits)``."""
+    return -readouts.log_softmax(-1).gather(-1, y.view(-1, 1, 1).expand(-1, readouts.shape[1], 1)).squeeze(-1)
+
+
+def objective(trained: Trained, bench: Bench, choices: tuple[Tensor, ...]) -> float:
+    """Mean over validation rows of the cross-entropy of the answer + lambda times its cost."""
+    costs = losses(trained.readouts[0], bench.val.y) + TUNED * trained.relative_cost
+    return float(costs.gather(1, choices[0][:, None]).mean())
 
 
 def judge(trained: Trained, choices: tuple[Tensor, ...], bench: Bench) -> dict[str, Any]:
     """What comes out on the test rows if rows leave at these exits; the calibration rows set the size of the prediction sets."""
-    held, tested = (y.softmax(-1)[torch.arange(len(y)), c] for y, c in zip(trained.readouts, choices))
-    choice, table = choices[1], trained.policy.costs(bench.images)
-    cost = float(table.tensor()[choice].double().mean() / table.full)
+    held, tested = (y[torch.arange(len(y)), c].softmax(-1) for y, c in zip(trained.readouts[1:], choices[1:]))
+    choice, exits = choices[2], len(trained.relative_cost)
     return {
         "accuracy": float((tested.argmax(1) == bench.test.y).double().mean()),
-        "cost": cost,  # of the full cost
+        "cost": float(trained.relative_cost[choice].mean()),  # of the full cost
         "ece": calibration_error(tested, bench.test.y),
         "set_size": set_size(held, bench.calibration.y, tested),
         "corr": correlation(choice, bench.noise),
-        "share": torch.bincount(choice, minlength=len(table.steps)).double().div(len(choice)).tolist(),
+        "share": torch.bincount(choice, minlength=exits).double().div(len(choice)).tolist(),
     }
-
-
-def calibration_error(p: Tensor, y: Tensor, bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins of equal width, weighted by their rows."""
-    confidence, answer = p.max(1)
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    gap = (confidence - (answer == y).to(p)).double()
-    return float(torch.zeros(bins, dtype=torch.float64).index_add(0, bin_of, gap).abs().sum() / len(y))
-
-
-def set_size(held: Tensor, y: Tensor, tested: Tensor, cover: float = 0.95) -> float:
-    """Mean size of split-conformal sets {c : 1 - p(c) <= q} that hold the label with this probability."""
-    misses = 1 - held.gather(1, y[:, None]).squeeze(1)
-    rank = min(int(np.ceil((len(y) + 1) * cover)), len(y))
-    return float((1 - tested <= misses.sort().values[rank - 1]).double().sum(1).mean())
-
-
-def correlation(choice: Tensor, noise: Tensor) -> float:
-    """Pearson correlation; 0 where every row takes the same exit."""
-    return float(np.corrcoef(choice.double(), noise.double())[0, 1]) if choice.unique().numel() > 1 else 0.0
 
 
 def time_ratio(policy: EarlyExit, images: Tensor) -> float:
@@ -257,11 +271,13 @@ def figure(record: RecordView, fig: Figure) -> None:
                 x.mean(0), y.mean(0), xerr=x.std(0), yerr=y.std(0), color=COLOURS[arm], marker=marker, ms=6, lw=1, capsize=2,
                 ls="-" if arm in ("jei", "oracle") else ":", label=LABELS[arm],
             )  # fmt: skip
+        if metric == "ece":
+            ax.axvspan(MIDDLE[0], MIDDLE[-1], color="#f0e442", alpha=0.2, lw=0)
         ax.set_xlabel("mean FLOPs a row / full network")
         ax.grid(alpha=0.25)
     axes["accuracy"].set(ylabel="test accuracy", title="Accuracy against cost", xlim=(0.1, 1))
     axes["accuracy"].legend(loc="lower right", fontsize=9)
-    axes["ece"].set(ylabel="expected calibration error", title="Calibration of the answer given", xlim=(0.1, 1))
+    axes["ece"].set(ylabel="expected calibration error", title="Calibration of the answer given (shaded: the claim)", xlim=(0.1, 1))
     shares = {arm: np.mean(record.grids(arm, "exits"), 0) for arm in ("jei", "oracle") if arm in record.arms}
     for i, share in enumerate(shares.values()):
         bottom, where = np.zeros(len(share)), np.arange(len(share)) + 0.38 * (i - 0.5)
@@ -270,6 +286,6 @@ def figure(record: RecordView, fig: Figure) -> None:
                 where, share[:, k], 0.34, bottom=bottom, color=colour, edgecolor="white", lw=0.5, label=f"exit {k + 1}" if i == 0 else None
             )
             bottom += share[:, k]
-    bars.set_xticks(range(len(TRADEOFFS)), [f"λ = {t:g}" for t in TRADEOFFS])
-    bars.set(ylabel="share of test rows", ylim=(0, 1), title="Who leaves where: JEI-DNN, oracle")
-    bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    bars.set_xticks(range(len(TRADEOFFS)), [f"{t:g}" for t in TRADEOFFS])
+    bars.set(xlabel="λ", ylabel="share of test rows", ylim=(0, 1), title="Who leaves where: JEI-DNN, oracle")
+    bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
