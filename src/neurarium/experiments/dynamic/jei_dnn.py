@@ -271,12 +271,11 @@ def figure(record: RecordView, fig: Figure) -> None:
                 x.mean(0), y.mean(0), xerr=x.std(0), yerr=y.std(0), color=COLOURS[arm], marker=marker, ms=6, lw=1, capsize=2,
                 ls="-" if arm in ("jei", "oracle") else ":", label=LABELS[arm],
             )  # fmt: skip
-        if metric == "ece":
         ax.set_xlabel("mean FLOPs a row / full network")
         ax.grid(alpha=0.25)
     axes["accuracy"].set(ylabel="test accuracy", title="Accuracy against cost", xlim=(0.1, 1))
     axes["accuracy"].legend(loc="lower right", fontsize=9)
-    axes["ece"].set(ylabel="expected calibration error", title="Calibration of the answer given (shaded: the claim)", xlim=(0.1, 1))
+    axes["ece"].set(ylabel="expected calibration error", title="Calibration of the answer given", xlim=(0.1, 1))
     shares = {arm: np.mean(record.grids(arm, "exits"), 0) for arm in ("jei", "oracle") if arm in record.arms}
     for i, share in enumerate(shares.values()):
         bottom, where = np.zeros(len(share)), np.arange(len(share)) + 0.38 * (i - 0.5)
