@@ -2,7 +2,7 @@
 
 Copy what you need: every step is one call of a public function on an ordinary ``nn.Module``. It needs scikit-learn's digits only.
 
-    python examples/compose.py            # about a minute on two cores
+    python examples/compose.py            # less than a minute on two cores
     python examples/compose.py --smoke    # a few seconds
 """
 

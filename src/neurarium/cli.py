@@ -438,7 +438,7 @@ def site_screenshots(
 def demo(smoke: Annotated[bool, typer.Option("--smoke", help="A few seconds only: shows that it runs.")] = False) -> None:
     """Combine several papers on one network.
 
-    Trained, pruned, given early exits and explained by different papers' methods: about a minute. This runs examples/compose.py.
+    Trained, pruned, given early exits and explained by different papers' methods, in less than a minute. This runs examples/compose.py.
     """
     import runpy
 
