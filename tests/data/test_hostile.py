@@ -34,6 +34,18 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests download, from a server of their own."""
+    monkeypatch.delenv("NEURARIUM_OFFLINE", raising=False)
+
+
+def test_offline_nothing_is_fetched(mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURARIUM_OFFLINE", "1")
+    with pytest.raises(MissingData, match="NEURARIUM_OFFLINE forbids"):
+        store.obtain(Remote("file", "http://127.0.0.1:9/file"), "the_call()")
+
+
 # --- pickles
 
 
