@@ -260,7 +260,10 @@ def test_an_output_folder_that_is_a_file_or_leads_elsewhere_is_refused(inside, t
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(site: Path, tmp_path: Path):
     command = [sys.executable, "-m", "neurarium", "run", "acme-mean", "--jobs", "1", "--fresh", "--out", "my runs"]
     env = environment(site, ACME_SLEEP="1")
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite that runs in the background passes on that it is ignored
+    )  # fmt: skip
     part = tmp_path / "my runs" / "acme-mean" / "laptop" / "parts" / "0.small.json"
     limit = time.monotonic() + 60
     while not part.exists() and time.monotonic() < limit:

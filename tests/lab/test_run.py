@@ -241,7 +241,10 @@ class TestKill:
     def test_ctrl_c_leaves_a_run_that_can_be_resumed(self, go, toy, code, tmp_path):
         out = tmp_path / "runs"
         process = subprocess.Popen(
-            script(code, toy, out=str(out), jobs=1, progress=False), env=environment(code, TOY_PAUSE="0.3"), stderr=subprocess.PIPE
+            script(code, toy, out=str(out), jobs=1, progress=False),
+            env=environment(code, TOY_PAUSE="0.3"),
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background passes on that it is ignored
         )
         deadline = time.monotonic() + 20
         while not list(out.rglob("0.base.json")):
