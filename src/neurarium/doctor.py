@@ -32,7 +32,7 @@ class Finding:
 #: package -> extra, or "" where the core needs it
 PACKAGES = {
     "torch": "", "numpy": "", "scipy": "", "scikit-learn": "", "matplotlib": "", "safetensors": "", "typer": "", "rich": "",
-    "scikit-image": "images", "ray": "ray", "onnx": "export", "onnxruntime": "export", "onnxscript": "export",
+    "scikit-image": "images", "ray": "ray", "torch-geometric": "graphs", "onnx": "export", "onnxruntime": "export", "onnxscript": "export",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tiny examples of the room ``learn``."""
+"""Tiny examples: layer-local learning rules."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from torch.optim import Adam
 
 from neurarium.data import TensorData
 from neurarium.learn.mono_forward import MonoForward
-from neurarium.learn.orthogonal import ROOT
 from neurarium.testing import Example
 
-__all__ = ["mono_forward", "root"]
-
-
-def root() -> Example:
-    """ROOT on whatever parameters it is given."""
-    return Example("optimizer", make=partial(ROOT, lr=1e-2))
+__all__ = ["mono_forward"]
 
 
 def mono_forward() -> Example:

@@ -1,0 +1,1 @@
+"""Tiny examples of the room ``learn``, one module a family of methods."""

@@ -1,0 +1,1 @@
+"""Tiny examples of the room ``nn``, one module a kind of layer."""
