@@ -265,12 +265,14 @@ def verify(
 ) -> None:
     """Judge published records again.
 
-    From the numbers in them, without training; with the null check. Exit code 1 if a working paper has no valid record.
+    From the numbers in them, without training; with the null check. Exit code 1 if a working paper has no valid record. Comparisons are
+    checked with their room, or with all.
     """
     papers = _chosen(ids, room, all_ or not (ids or room))
+    comparisons = [] if ids else [c for c in _catalog().comparisons if room is None or c.room == room]
     from neurarium import lab
 
-    report = lab.verify(papers, records)
+    report = lab.verify(papers, records, comparisons=comparisons)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -280,7 +282,7 @@ def verify(
 
 @app.command()
 def report(
-    id: Annotated[str, typer.Argument(help="A paper's id.")],
+    id: Annotated[str, typer.Argument(help="A paper's or a comparison's id.")],
     html: Annotated[Path | None, typer.Option("--html", help="Write one HTML file, figure included.", show_default=False)] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     record: Annotated[Path | None, typer.Option("--record", help="A record file. Default: the published one.", show_default=False)] = None,
@@ -290,13 +292,16 @@ def report(
 
     The published one or, where there is none, that of the last run.
     """
-    paper = _catalog().get(id)
+    library = _catalog()
+    compared = any(comparison.id == id for comparison in library.comparisons)
+    paper: Paper | Comparison = library.comparison(id) if compared else library.get(id)
     from neurarium import lab
 
     if record is None:
-        found = [path for path in (lab.record_path(paper), out / paper.id / "laptop" / "record.json") if path.is_file()]
+        ran = out / (f"compare-{id}" if compared else id) / "laptop" / "record.json"
+        found = [path for path in (lab.record_path(paper), ran) if path.is_file()]
         if not found:
-            raise BadInput(f"{paper.id} has no record yet; `neurarium run {paper.id}` makes one")
+            raise BadInput(f"{paper.id} has no record yet; `neurarium {'compare' if compared else 'run'} {paper.id}` makes one")
         record = found[0]
     measured = lab.Record.load(record)
     if measured.id != paper.id:
@@ -323,8 +328,11 @@ def compare(
     address: Address = None,
     out: Out = Path("runs"),
     fresh: Fresh = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Put the record among the published ones.")] = False,
 ) -> None:
     """Measure methods that do one job side by side."""
+    if publish and scale is not Scale.laptop:
+        raise BadInput("--publish takes laptop records only")
     if id is None:
         comparisons = _catalog().comparisons
         for entry in comparisons:
@@ -350,7 +358,14 @@ def compare(
         )
 
     record = _resumable(measure)
-    _print_report(comparison, record, _files(out / f"compare-{comparison.id}" / scale.value))
+    files = _files(out / f"compare-{comparison.id}" / scale.value)
+    if publish and not record.crashes:
+        from neurarium import lab
+
+        files["published"] = lab.publish(record)
+    elif publish:
+        print(f"neurarium: {comparison.id} is not published: an arm crashed", file=sys.stderr)
+    _print_report(comparison, record, files)
     raise typer.Exit(1 if record.crashes else 0)
 
 
@@ -582,7 +597,7 @@ def _print_verification(report: VerifyReport) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("paper", "record", "seeds", "seconds", "claims", "null fails", ""):
         table.add_column(name, justify="right" if name in ("seeds", "seconds") else "left")
-    for paper in report.papers:
+    for paper in report.papers + report.comparisons:
         verdicts = [claim.verdict for claim in paper.claims]
         parts = [(f"{verdicts.count(v)} {v}  ", colours.get(v, "dim")) for v in dict.fromkeys(verdicts)]
         remarks = [*filter(None, [paper.why]), *(f"bound changed since: {says}" for says in paper.moved)]
@@ -592,7 +607,7 @@ def _print_verification(report: VerifyReport) -> None:
             "-" if paper.record is None else str(len(paper.record.seeds)),
             "-" if paper.record is None else f"{paper.record.seconds:.0f}",
             Text.assemble(*parts),
-            f"{sum(claim.null_fails is True for claim in paper.claims)} of {len(verdicts)}",
+            f"{sum(claim.null_fails is True for claim in paper.claims)} of {len(verdicts)}" if verdicts else "",
             Text(_plain("; ".join(remarks))),
         )
     _console().print(table)

@@ -109,7 +109,14 @@ def environment(site: Path, **more: str) -> dict[str, str]:
 
 def call(site: Path, where: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "neurarium", *arguments]
-    return subprocess.run(command, cwd=where, env=environment(site, **more), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command,
+        cwd=where,
+        env=environment(site, NEURARIUM_RECORDS=str(where / "records"), **more),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture
@@ -119,6 +126,7 @@ def inside(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     def invoke(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.chdir(where)
+        monkeypatch.setenv("NEURARIUM_RECORDS", str(where / "records"))
         monkeypatch.setattr(sys, "argv", ["neurarium", *arguments])
         catalog.load.cache_clear()
         with pytest.raises(SystemExit) as stop:
@@ -233,6 +241,21 @@ def test_compare_lists_and_runs(site: Path, inside, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "Which of the two is more?" in done.stdout
     assert "compare-acme-both" in done.stdout
+    assert "laptop records only" in call(site, tmp_path, "compare", "acme-both", "--scale", "smoke", "--publish").stderr
+
+
+def test_compare_publishes_a_record_that_verify_and_report_read(site: Path, inside, tmp_path: Path):
+    (tmp_path / "records").mkdir()
+    missing = inside(tmp_path, "report", "acme-both")
+    assert missing.returncode == 2 and "neurarium compare acme-both" in missing.stderr
+    done = call(site, tmp_path, "compare", "acme-both", "--publish", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "records" / "theory" / "compare-acme-both.json").is_file()
+    assert "Which of the two is more?" in inside(tmp_path, "report", "acme-both").stdout
+    found = json.loads(inside(tmp_path, "verify", "--room", "theory", "--json").stdout)
+    assert [(one["id"], one["valid"], one["stale"]) for one in found["comparisons"] if one["id"] == "acme-both"] == [
+        ("acme-both", True, False)
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")

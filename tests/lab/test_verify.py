@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import neurarium
+from neurarium.catalog import Comparison
 from neurarium.errors import RecordError
 from neurarium.lab import fingerprint, publish, published, record_path, records_root, verify
 from neurarium.lab.record import Measured
@@ -143,3 +144,23 @@ def test_records_are_found_in_this_order(tmp_path, monkeypatch, toy, good):
     assert records_root() == tmp_path / "mine"
     publish(good)
     assert published(toy).to_bytes() == good.to_bytes()
+
+
+def test_a_comparison_needs_a_whole_record_of_todays_code(toy, good, make_record, tmp_path):
+    both = Comparison("both", "Which?", ("toy", "other"), toy.experiment, toy.room)
+
+    def found():
+        (one,) = verify([], tmp_path, comparisons=[both]).comparisons
+        return one
+
+    assert not found().valid and "no published record" in found().why
+    assert verify([], tmp_path, comparisons=[both]).exit_code == 1
+    whole = dataclasses.replace(good, id="both", kind="comparison", claims=(), fingerprint=fingerprint(both))
+    publish(whole, tmp_path)
+    assert (found().valid, found().stale) == (True, False)
+    assert verify([], tmp_path, comparisons=[both]).to_json()["comparisons"][0]["id"] == "both"
+    publish(dataclasses.replace(whole, fingerprint="0" * 64), tmp_path)
+    assert found().valid and found().stale
+    crashed = make_record({"base": {"value": [1.0, None, 1.0]}, "method": {"value": [0.5] * 3}})
+    publish(dataclasses.replace(crashed, id="both", kind="comparison"), tmp_path)
+    assert not found().valid and "an arm crashed: base" in found().why

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,10 @@ def _lock(descriptor: int, waiting: Callable[[int | str], None]) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(descriptor, 20, 0)
+        for _ in range(50):  # who took the lock writes its number a moment later
+            if (holder := os.pread(descriptor, 20, 0)).isdigit():
+                break
+            time.sleep(0.01)
         waiting(int(holder) if holder.isdigit() else "another")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         return True
