@@ -13,6 +13,7 @@ without weight decay. A copy whose loss is not finite stops there and then: its 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import exp, log
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from neurarium.errors import BadInput
 from neurarium.learn.fit import find_loss
 from neurarium.learn.orthogonal import MUON, coefficients_for, newton_schulz
 
-__all__ = ["sweep"]
+__all__ = ["best_rate", "sweep"]
 
 
 def sweep(
@@ -104,6 +105,17 @@ def sweep(
     if not losses:
         raise BadInput("the loader yielded no batch")
     return torch.stack(losses, -1).view(n, k, -1), {name: p.view(n, k, *p.shape[1:]) for name, p in params.items()}
+
+
+def best_rate(lrs: Sequence[float], losses: Sequence[float] | Tensor) -> float:
+    """The learning rate of lowest loss, between the grid's points: vertex of a parabola in the logarithms of both; NaN at an edge."""
+    y = torch.as_tensor(losses, dtype=torch.float64)
+    i = int(y.argmin())
+    if not 0 < i < len(lrs) - 1 or not torch.isfinite(y[i]):
+        return float("nan")
+    a, b, c = y[i - 1 : i + 2].clamp(1e-12, 1e3 * float(y[i])).log().tolist()
+    step = (log(lrs[i + 1] / lrs[i - 1])) / 2
+    return lrs[i] * exp(step * 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c > 0 else 0.0)
 
 
 def _orthogonal(g: Tensor, buffer: Tensor, robust: bool, momentum: float = 0.95, quantile: float = 0.9) -> Tensor:
