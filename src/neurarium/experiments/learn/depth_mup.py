@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from neurarium.lab import RecordView, Trial
 
-WIDTH, BATCH, LAST, DEPTHS = 48, 128, 15, (4, 8, 64)
+WIDTH, BATCH, LAST, DEPTHS, TWO = 48, 128, 15, (4, 8, 64), (8, 32)
 RATES = tuple(2.0**k for k in range(-11, -3))
 EXPONENTS = {  # of the branch and of the learning rate
     "depth_mup": (0.5, 0.5), "depth_mup_abs": (0.5, 0.5), "ode": (1.0, 0.0), "standard": (0.0, 0.0), "unscaled": (0.5, 0.0),
@@ -43,10 +43,10 @@ LABELS = {
 def run(trial: Trial) -> None:
     train = flat(images(trial), trial)
     steps = trial.scale(smoke=3, laptop=60)
-    depths = trial.scale(smoke=(4, 8), laptop=DEPTHS)
     for arm in trial.arms(*EXPONENTS):
+        depths = trial.scale(smoke=(4, 8), laptop=TWO if arm.name == "two_layers" else DEPTHS)
         curves: dict[int, np.ndarray] = {}
-        for depth in depths if arm.name != "two_layers" else depths[-2:]:
+        for depth in depths:
             torch.manual_seed(trial.seed)
             model = Residual(WIDTH, depth, arm.name).to(trial.device)
             alpha, gamma = EXPONENTS[arm.name]
@@ -56,15 +56,14 @@ def run(trial: Trial) -> None:
             last = losses[0, :, -LAST:].double().mean(-1).cpu().numpy()
             curves[depth] = np.where(last < 4, last, np.inf)
             arm.curve(f"depth{depth}", x=np.log2(RATES), y=np.minimum(curves[depth], 100.0))
-        shallow, middle, deep = curves.get(depths[0]), curves[depths[-2]], curves[depths[-1]]
+        shallow, middle, deep = curves[depths[0]], curves[depths[-2]], curves[depths[-1]]
         best, copied = int(deep.argmin()), int(middle.argmin())
         arm.log(
             drift=drift(middle, deep), best_loss=deep[best], transferred_loss=deep[copied], best_rate=RATES[best],
             regret=deep[copied] / deep[best] if np.isfinite(deep[best]) else float("inf"),
         )  # fmt: skip
-        if shallow is not None:
-            low = max(1, min(int(shallow.argmin()), best))
-            arm.log(collapse=float(np.abs(np.log(np.minimum(deep, 100.0) / np.minimum(shallow, 100.0)))[:low].mean()))
+        low = max(1, min(int(shallow.argmin()), best))
+        arm.log(collapse=float(np.abs(np.log(np.minimum(deep, 100.0) / np.minimum(shallow, 100.0)))[:low].mean()))
         if np.isfinite(deep[best]):
             model.load_state_dict({n: p[0, best] for n, p in params.items()}, strict=False)
             found = feature_diversity(model, train.x[:256], [f"blocks.{i}" for i in range(depths[-1])])
@@ -150,8 +149,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 4)
     names = [a for a in EXPONENTS if a in record.arms]
-    depths = [d for d in DEPTHS if record.curves(names[0], f"depth{d}")]
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(DEPTHS)))
+    depths = [d for d in (4, 8, 32, 64) if any(record.curves(a, f"depth{d}") for a in names)]
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(depths)))
     for ax, a in zip(axes.flat, names):
         for depth, colour in zip(depths, colours):
             if not (curves := record.curves(a, f"depth{depth}")):
@@ -168,6 +167,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     for ax in axes.flat[: len(names)]:
         ax.set_xlabel("log2 learning rate")
     axes[0, 0].legend(fontsize=8)
+    axes.flat[5].legend(fontsize=8)
     for ax in axes[:, 0]:
         ax.set_ylabel("training loss (stars: best)")
     distance, loss = axes.flat[6], axes.flat[7]
@@ -183,8 +183,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     distance.title.set_fontsize(9)
     distance.legend(fontsize=6, title="diversity exponent", title_fontsize=7)
     for a in names:
-        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in depths if record.curves(a, f"depth{d}")]
-        at = depths[-len(y) :]
+        at = [d for d in depths if record.curves(a, f"depth{d}")]
+        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in at]
         loss.plot(at, np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
     loss.set(xscale="log", yscale="log", xlabel="blocks", title="loss at the best rate")
     loss.set_xticks(depths, [str(d) for d in depths])

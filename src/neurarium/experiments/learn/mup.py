@@ -73,7 +73,7 @@ def run(trial: Trial) -> None:
         if arm.name in ("sp", "mup"):
             found = coordinates(arm.name, alpha, trial, train)
             slopes = list(found.slope.values())
-            arm.log(slopes=slopes, steepest=max(slopes, key=abs), hidden_slope=found.slope["2"])
+            arm.log(slopes=slopes, steepest=max(slopes, key=abs), hidden_growth=found.slope["2"])
             for i, layer in enumerate(("input", "hidden", "output")):
                 arm.curve(f"change_{layer}", x=found.widths, y=found.change[i, -1])
         flops = [meter.flops(made("sp", w, 1, 1, 0, trial.device), x[:1]) for w in (widths[0], widths[-1])]
