@@ -2,14 +2,18 @@
 
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
+from neurarium.learn.coordinates import coordinate_check
+from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity, with_depth
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
+from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
+from neurarium.learn.sweep import best_rate, sweep
+from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
-    "ROOT",
     "Backprop",
     "CascadedForward",
     "Chain",
@@ -19,14 +23,29 @@ __all__ = [
     "Learner",
     "LocalLearner",
     "LocalObjective",
+    "MeanSubtraction",
     "MonoForward",
+    "MuAdam",
+    "MuSGD",
     "Muon",
+    "Parametrization",
+    "ROOT",
     "Readout",
     "as_chain",
+    "attention_scale",
+    "best_rate",
+    "coordinate_check",
+    "depth_mup_",
     "evaluate",
+    "feature_diversity",
     "gradient_alignment",
+    "infer_shapes",
     "load_checkpoint",
     "matrix_groups",
+    "mup_",
+    "mup_groups",
     "newton_schulz",
     "save_checkpoint",
+    "sweep",
+    "with_depth",
 ]
