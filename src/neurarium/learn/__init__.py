@@ -1,5 +1,6 @@
 """Room ``learn``: how parameters are learned. Learners, local rules, optimizers."""
 
+from neurarium.learn.balance import Clues, Recipe, balance_search, clues
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
@@ -7,25 +8,35 @@ from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
+from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 
 __all__ = [
-    "ROOT",
     "Backprop",
     "CascadedForward",
     "Chain",
+    "Clues",
+    "CyclicalMomentum",
     "Diverged",
     "EarlyStopping",
     "ForwardForward",
+    "HessianFreeLR",
     "Learner",
     "LocalLearner",
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "OneCycle",
+    "ROOT",
+    "RangeTest",
     "Readout",
+    "Recipe",
     "as_chain",
+    "balance_search",
+    "clues",
     "evaluate",
     "gradient_alignment",
     "load_checkpoint",
+    "lr_range_test",
     "matrix_groups",
     "newton_schulz",
     "save_checkpoint",
