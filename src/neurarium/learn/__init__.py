@@ -11,6 +11,7 @@ from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 
 __all__ = [
+    "ROOT",
     "Backprop",
     "CascadedForward",
     "Chain",
@@ -26,7 +27,6 @@ __all__ = [
     "MonoForward",
     "Muon",
     "OneCycle",
-    "ROOT",
     "RangeTest",
     "Readout",
     "Recipe",
