@@ -1,5 +1,6 @@
 """Room ``learn``: how parameters are learned. Learners, local rules, optimizers."""
 
+from neurarium.learn.balance import Clues, Recipe, balance_search, clues
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.coordinates import coordinate_check
@@ -10,16 +11,21 @@ from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradien
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
+from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
+    "ROOT",
     "Backprop",
     "CascadedForward",
     "Chain",
+    "Clues",
+    "CyclicalMomentum",
     "Diverged",
     "EarlyStopping",
     "ForwardForward",
+    "HessianFreeLR",
     "Learner",
     "LocalLearner",
     "LocalObjective",
@@ -28,12 +34,16 @@ __all__ = [
     "MuAdam",
     "MuSGD",
     "Muon",
+    "OneCycle",
     "Parametrization",
-    "ROOT",
+    "RangeTest",
     "Readout",
+    "Recipe",
     "as_chain",
     "attention_scale",
+    "balance_search",
     "best_rate",
+    "clues",
     "coordinate_check",
     "depth_mup_",
     "evaluate",
@@ -41,6 +51,7 @@ __all__ = [
     "gradient_alignment",
     "infer_shapes",
     "load_checkpoint",
+    "lr_range_test",
     "matrix_groups",
     "mup_",
     "mup_groups",
