@@ -7,8 +7,13 @@ from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
+from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
 
 __all__ = [
+    "OIGBP",
+    "OIGHWO",
+    "OWOBP",
+    "OWOHWO",
     "ROOT",
     "Backprop",
     "CascadedForward",
@@ -22,9 +27,12 @@ __all__ = [
     "MonoForward",
     "Muon",
     "Readout",
+    "TwoLayerMLP",
+    "TwoStage",
     "as_chain",
     "evaluate",
     "gradient_alignment",
+    "levenberg_marquardt",
     "load_checkpoint",
     "matrix_groups",
     "newton_schulz",
