@@ -60,14 +60,14 @@ def run(trial: Trial) -> None:
                 with arm.timed("fit_seconds"):
                     history = levenberg_marquardt(model, x, t, iters=of_lm)
                 work = list(history.extra["multiplies"])
-                logged = {"budget": work[-1], "val_mse": float((model(x_val) - t_val).square().mean())}
+                logged = {"budget": work[-1], "val_mse": mse_of(model, x_val, t_val)}
             elif arm.name == "adam":
                 each = 3 * forward_work(x, t, hidden)
                 steps = max(1, int(trial.metric("oig_hwo", "work")[i] / each))
                 with arm.timed("fit_seconds"):
                     model, history = best_adam(start, x, t, steps)
                 work = [each * (k + 1) for k in range(steps)]
-                logged = {"val_mse": float((model(x_val) - t_val).square().mean())}
+                logged = {"val_mse": mse_of(model, x_val, t_val)}
             else:
                 rule, budget = RULES[arm.name](), trial.metric("lm", "budget")[i]
                 with arm.timed("fit_seconds"):
@@ -139,6 +139,11 @@ def network(x: Tensor, t: Tensor, hidden: int, *, seed: int) -> TwoLayerMLP:
     return model
 
 
+@torch.no_grad()
+def mse_of(model: nn.Module, x: Tensor, t: Tensor) -> float:
+    return float((model(x) - t).square().mean())
+
+
 def forward_work(x: Tensor, t: Tensor, hidden: int) -> int:
     """Multiplications of one forward pass; a gradient costs twice as much again."""
     inputs = x.shape[1] + 1
@@ -168,7 +173,7 @@ def whitening(trial: Trial) -> float:
     a, slope, residual, w_oh = _step(trial)
     whitener = torch.linalg.inv(torch.linalg.cholesky(a.T @ a / len(a)))
     want = direction(a @ whitener.T, slope, residual, w_oh) @ whitener
-    got = solve_gram(a, direction(a, slope, residual, w_oh).T * len(a), 1e-12).T
+    got = solve_gram(a, direction(a, slope, residual, w_oh).T * len(a), 0).T
     return float((got - want).abs().max() / want.abs().max())
 
 
@@ -184,6 +189,8 @@ def equivalence(trial: Trial) -> float:
 
 def figure(record: RecordView, fig: Figure) -> None:
     """Training error against multiplications, one panel a set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     arms = [a for a in LABELS if a in record.arms]
     colours = dict(zip(LABELS, ("#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#000000", "#009E73")))
     names = [n for n in SETS if record.curves(arms[0], f"mse_{n.replace('-', '_')}")]
@@ -193,17 +200,24 @@ def figure(record: RecordView, fig: Figure) -> None:
     axes = fig.subplots(rows, 3, squeeze=False).flatten()
     for ax, name in zip(axes, names):
         for arm in arms:
-            for i, (x, y) in enumerate(record.curves(arm, f"mse_{name.replace('-', '_')}")):
-                style = {"lw": 1.6, "label": LABELS[arm]} if i == 0 else {"lw": 0.6, "alpha": 0.35}
-                ax.plot(np.asarray(x) / 1e6, y, color=colours[arm], ls="-" if arm not in ("lm", "adam") else "--", **style)
+            runs = [(np.asarray(x) / 1e6, np.log(y)) for x, y in record.curves(arm, f"mse_{name.replace('-', '_')}")]
+            x = runs[0][0]
+            seeds = np.stack([np.interp(x, *run) for run in runs])
+            mean, spread = seeds.mean(0), seeds.std(0)
+            ax.plot(x, np.exp(mean), color=colours[arm], ls="--" if arm in ("lm", "adam") else "-", lw=1.6, label=LABELS[arm])
+            ax.fill_between(x, np.exp(mean - spread), np.exp(mean + spread), color=colours[arm], alpha=0.1, lw=0)
         ax.set(xscale="log", yscale="log", title=name)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.title.set_fontsize(9)
         ax.tick_params(labelsize=7, which="both")
         ax.grid(alpha=0.25)
     for ax in axes[len(names) :]:
         ax.set_visible(False)
-    fig.supxlabel("multiplications (millions)", fontsize=9)
+    for ax in axes[len(names) - 3 : len(names)]:
+        ax.set_xlabel("multiplications (millions)", fontsize=8)
     fig.supylabel("training MSE (target variance = 1)", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, ncols=6, fontsize=8, loc="outside lower center")
-    fig.suptitle("A gain for every input, solved at each iteration; one hidden layer (thin lines: other seeds)", fontsize=11)
+    fig.suptitle("A gain for every input, solved at each iteration; one hidden layer (mean and deviation over seeds)", fontsize=11)
