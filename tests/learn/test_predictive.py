@@ -29,6 +29,9 @@ def two_levels(**options):
     return HGF(**settings)
 
 
+JUMP = torch.cat([torch.zeros(50, dtype=DOUBLE), 3 * torch.randn(50, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))])
+
+
 def zoo(**options):
     """Two inputs, shared and nonlinear value parents, two volatility parents of one node, drift, an AR(1)."""
     net = HGFNetwork(**options)
@@ -114,11 +117,11 @@ def test_gradients_of_the_surprise_are_those_of_finite_differences(net):
         (found,) = torch.autograd.grad(surprise(net.run(x)).sum(), p)
         p.requires_grad_(False)
         p.add_(1e-5)
-        high = surprise(net.run(x)).sum()
+        high = float(surprise(net.run(x)).sum())
         p.sub_(2e-5)
-        low = surprise(net.run(x)).sum()
+        low = float(surprise(net.run(x)).sum())
         p.add_(1e-5)
-        assert float(found) == pytest.approx(float(high - low) / 2e-5, rel=1e-4, abs=1e-5), name
+        assert float(found) == pytest.approx((high - low) / 2e-5, rel=1e-4, abs=1e-5), name
 
 
 def test_a_constant_input_is_believed_in_the_end():
@@ -128,9 +131,10 @@ def test_a_constant_input_is_believed_in_the_end():
 
 
 def test_volatility_rises_when_the_input_jumps():
-    x = torch.cat([torch.zeros(50, dtype=DOUBLE), 3 * torch.randn(50, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))])
-    level = two_levels().run(x).mean["level2"]
+    run = two_levels(impossible="keep").run(JUMP)
+    level = run.mean["level2"]
     assert level[-20:].mean() > level[30:50].mean() + 2
+    assert all((p > 0).all() for p in run.precision.values())
 
 
 def test_binary_beliefs_follow_the_closed_form_of_one_step():
@@ -158,7 +162,8 @@ def test_what_saw_nothing_only_predicts():
     assert (surprise(run)[10:20] == 0).all()
     for p in net.parameters():
         p.requires_grad_(True)
-    grads = torch.autograd.grad(surprise(net.run(torch.where(mask, x, torch.nan), mask=mask)).sum(), list(net.parameters()), allow_unused=True)
+    total = surprise(net.run(torch.where(mask, x, torch.nan), mask=mask)).sum()
+    grads = torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
     assert all(torch.isfinite(g).all() for g in grads if g is not None)
 
 
@@ -220,7 +225,7 @@ def test_structure_adapts_where_a_second_cause_begins():
         n.add_continuous("c", tonic_volatility=-12.0, precision=1e6).value("c", "u")
 
     fixed = surprise(net.run(x))
-    grown, found, kept = adapt_structure(net, x, [useless, second_cause], threshold=1.0, window=20)
+    grown, found, kept = adapt_structure(net, x, [useless, second_cause], threshold=2.0, window=20)
     assert kept == [(220, 1)]
     assert set(grown.nodes) == {"u", "a", "b"}
     assert set(net.nodes) == {"u", "a"}
@@ -246,7 +251,8 @@ def test_it_is_pyhgf_in_float64(update):
     peer.add_nodes(precision=50.0).add_nodes(precision=20.0)
     peer.add_nodes(value_children=([0], [1.0]), precision=2.0, tonic_volatility=-2.0)
     peer.add_nodes(value_children=([1], [0.8]), tonic_volatility=-3.0, tonic_drift=0.02)
-    peer.add_nodes(value_children=([2], [0.3]), mean=0.3, tonic_volatility=-4.0, autoconnection_strength=0.9, coupling_fn=(lambda v: v * v + v,))
+    settings = {"mean": 0.3, "tonic_volatility": -4.0, "autoconnection_strength": 0.9}
+    peer.add_nodes(value_children=([2], [0.3]), coupling_fn=(lambda v: v * v + v,), **settings)
     peer.add_nodes(volatility_children=([2], [0.7]), tonic_volatility=-3.5)
     peer.add_nodes(volatility_children=([2, 3], [0.5, 1.0]), tonic_volatility=-2.5)
     ours = zoo(update=update).disconnect("a", "v")
@@ -270,10 +276,13 @@ def test_the_usual_hierarchies_are_pyhgfs_and_so_is_their_surprise(levels, kind)
     jax()
     from pyhgf.model import HGF as Peer
 
-    x = walk(40, volatile=0.1)[0] if kind == "continuous" else (torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7).double()
-    peer = Peer(n_levels=levels, model_type=kind, initial_mean={"1": 0.0, "2": 0.1, "3": 0.2}, tonic_volatility={"1": -3.0, "2": -2.0, "3": -4.0})
+    coin = (torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.7).double()
+    x = 0.2 * walk(40, volatile=0.1)[0] if kind == "continuous" else coin
+    means, omegas = (0.0, 0.1, 0.2), (-3.0, -4.0, -8.0)
+    named = {"initial_mean": dict(zip("123", means)), "tonic_volatility": dict(zip("123", omegas))}
+    peer = Peer(n_levels=levels, model_type=kind, **named)
     peer.input_data(x.numpy())
-    run = HGF(levels, kind, mean=(0.0, 0.1, 0.2), tonic_volatility=(-3.0, -2.0, -4.0)).run(x)
+    run = HGF(levels, kind, mean=means, tonic_volatility=omegas).run(x)
     for i in range(1, levels + (kind == "continuous")):
         name = f"level{i + (kind == 'binary')}"
         np.testing.assert_allclose(run.mean[name], np.asarray(peer.node_trajectories[i]["mean"]), rtol=1e-10, atol=1e-10)
@@ -283,10 +292,10 @@ def test_the_usual_hierarchies_are_pyhgfs_and_so_is_their_surprise(levels, kind)
 
 def test_the_learner_finds_the_volatility_that_made_the_series():
     g = torch.Generator().manual_seed(0)
-    x = (np.exp(-1.0) * torch.randn(32, 100, generator=g, dtype=DOUBLE)).cumsum(1)
+    x = (np.exp(-1.0) * torch.randn(32, 60, generator=g, dtype=DOUBLE)).cumsum(1)
     net = HGFNetwork().add_input("u").add_continuous("a", tonic_volatility=-5.0).value("a", "u")
     data = TensorData(x, torch.ones(32))
-    history = HGFLearner(["a.tonic_volatility"], partial(Adam, lr=0.3)).fit(net, data.batches(32), epochs=40, val=[(x, torch.ones(32))])
+    history = HGFLearner(["a.tonic_volatility"], partial(Adam, lr=0.5)).fit(net, data.batches(32), epochs=60, val=[(x, torch.ones(32))])
     assert float(net.nodes["a"].tonic_volatility) == pytest.approx(-2, abs=0.15)
     assert history.last["loss"] < history.train[0]["loss"]
     assert history.val[-1]["loss"] == pytest.approx(float(surprise(net.run(x)).mean()))
@@ -296,7 +305,7 @@ def test_the_learner_finds_the_volatility_that_made_the_series():
 
 def test_the_learner_names_what_it_cannot_do():
     x, one = walk(20, 4), torch.ones(4)
-    with pytest.raises(UnsupportedModel, match="Linear.*HGFNetwork") as refused:
+    with pytest.raises(UnsupportedModel, match=r"Linear.*HGFNetwork") as refused:
         HGFLearner().fit(nn.Linear(2, 2), [(x, one)], epochs=1)
     assert refused.value.module == "Linear"
     for learner, batch, why in (
@@ -308,9 +317,8 @@ def test_the_learner_names_what_it_cannot_do():
     ):
         with pytest.raises(BadInput, match=why):
             learner.fit(two_levels(), [batch], epochs=1)
-    wild = HGF(update="standard", tonic_volatility=(-3, 2, -3), coupling=(3.0, 1.0))
     with pytest.raises(Diverged, match=r"step 0.*'nodes\.level2'") as raised:
-        HGFLearner(optimizer=partial(SGD, lr=0.1)).fit(wild, [(0.001 * x, one)], epochs=1)
+        HGFLearner(optimizer=partial(SGD, lr=0.1)).fit(two_levels(), [(JUMP[None], one[:1])], epochs=1)
     assert (raised.value.step, raised.value.module) == (0, "nodes.level2")
 
 
@@ -319,7 +327,7 @@ def test_bad_networks_and_series_are_refused():
     net = two_levels()
     for call, why in (
         (lambda: net.run(x * torch.nan), "not finite"),
-        (lambda: net.run(torch.stack([x, x], -1)), r"inputs \['u'\]"),
+        (lambda: zoo().run(x), r"inputs \['u', 'v'\]"),
         (lambda: net.run(x, mask=torch.ones(3)), "mask has shape"),
         (lambda: net.run(x, 0.0), "dt must be positive"),
         (lambda: net.run(x, torch.ones(4)), "one a step"),
@@ -337,7 +345,8 @@ def test_bad_networks_and_series_are_refused():
         (lambda: HGFNetwork(update="fast"), "update"),
         (lambda: HGF(4), "levels"),
         (lambda: HGF(2, "binary").run(x), "0 or 1"),
-        (lambda: HGF(update="standard", tonic_volatility=(-3, 2, -3), coupling=(3.0, 1.0)).run(0.001 * x), "'level2' is not positive at step"),
+        (lambda: HGFNetwork(impossible="no"), "impossible"),
+        (lambda: two_levels().run(JUMP), "'level2' is not positive at step 50"),
     ):
         with pytest.raises(BadInput, match=why):
             call()

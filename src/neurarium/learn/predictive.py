@@ -25,7 +25,7 @@ With ``kappa = 0`` this is the Kalman filter of a random walk. *Surprise* is the
 *Departures.* pyhgf multiplies an input's prediction by dt too, so that it filters irregular series wrongly, and lets volatility parents
 gain precision from missing values. Here an input is predicted as it is, and what saw nothing only predicts; ``like_pyhgf=True`` does as
 the package does. Surprise includes the input's own noise (``noise=False`` leaves it out, as the package does). A precision that becomes
-negative is an error that names node and step instead of NaN.
+negative is an error that names node and step instead of NaN, or is kept as predicted.
 
 *Cost.* About a dozen vector operations a node and observation, on all series at once.
 """
@@ -117,17 +117,27 @@ class HGFNetwork(nn.Module):
     Args:
         update: of volatility parents: ``"ehgf"`` or ``"standard"``.
         dtype: of all beliefs.
+        impossible: a large surprise can push the precision of a volatility parent below zero, where the approximation ends: ``"raise"``
+            an error that names node and step, or ``"keep"`` the predicted precision for that step.
         like_pyhgf: follow pyhgf 0.2.12 for dt other than 1 and for missing values too (see the module).
         max_precision: precisions are cut here.
     """
 
     def __init__(
-        self, *, update: str = "ehgf", dtype: torch.dtype = torch.float64, like_pyhgf: bool = False, max_precision: float = 1e10
+        self,
+        *,
+        update: str = "ehgf",
+        impossible: str = "raise",
+        dtype: torch.dtype = torch.float64,
+        like_pyhgf: bool = False,
+        max_precision: float = 1e10,
     ) -> None:
         super().__init__()
+        if impossible not in ("raise", "keep"):
+            raise BadInput(f"impossible must be 'raise' or 'keep', not {impossible!r}")
         if update not in ("ehgf", "standard"):
             raise BadInput(f"update must be 'ehgf' or 'standard', not {update!r}")
-        self.update, self.dtype, self.like_pyhgf, self.max_precision = update, dtype, like_pyhgf, max_precision
+        self.update, self.impossible, self.dtype, self.like_pyhgf, self.max_precision = update, impossible, dtype, like_pyhgf, max_precision
         self.nodes, self.strengths = nn.ModuleDict(), nn.ParameterDict()
         self.edges: tuple[Edge, ...] = ()
         self.inputs: tuple[str, ...] = ()  # the order of the last axis of a series
@@ -268,6 +278,7 @@ class HGFNetwork(nn.Module):
             start: go on from these beliefs; nodes that are new start from their parameters.
             strict: raise where a precision becomes impossible, instead of NaN from there on.
         """
+        self._order()  # a network that cannot run says so before it looks at data
         series, mask = self._series(series, mask)
         steps, shape = series.shape[-2], series.shape[:-2]
         plan = _Plan(self, _dt(dt, series), steps, mask is not None)
@@ -277,13 +288,14 @@ class HGFNetwork(nn.Module):
         history: dict[str, list[tuple[Tensor, ...]]] = {n: [] for n in plan.order}
         for k in range(steps):
             plan.step(k, state, {i: v[k] for i, v in seen.items()}, {i: v[k] for i, v in masks.items()}, history)
-        fields = {n: [_stack(part, shape) for part in zip(*h)] for n, h in history.items()}
+        empty = ([series.new_zeros(*shape, 0)] * 4) if not steps else []
+        fields = {n: empty or [_stack(part, shape) for part in zip(*h)] for n, h in history.items()}
         bad = None if not steps else _first_impossible({n: fields[n][1] for n in plan.states})
         if bad is not None:
             if strict:
                 raise BadInput(
-                    f"the precision of {bad[0]!r} is not positive at step {bad[1]}: the update left the model's domain. update='ehgf', a "
-                    f"smaller volatility coupling or a lower tonic volatility of {bad[0]!r} avoid it"
+                    f"the precision of {bad[0]!r} is not positive at step {bad[1]}: the surprise was too large for the approximation. "
+                    f"impossible='keep' goes on with the predicted precision; update='ehgf' or a smaller volatility coupling may avoid it"
                 )
             late = torch.arange(steps, device=series.device) >= bad[1]
             fields = {n: [torch.where(late, torch.nan, part) for part in f] for n, f in fields.items()}
@@ -447,6 +459,8 @@ class _Plan:
                 slope, bend = _derivatives(fn, mean)
                 weight = _curved(pi_hat[child], psi, slope, bend, error[child])
                 precision = precision + (weight * told[child] if self.masked and child in told else weight)
+        if network.impossible == "keep" and (volatile or any(fn is not None for _, _, fn in valued)):
+            precision = torch.where(precision > 0, precision, pi_hat[n])
         if self.masked:
             children = [told.get(child) for child, *_ in (*valued, *volatile)]
             if all(c is not None for c in children):
@@ -475,9 +489,9 @@ def _curved(strength: Tensor, psi: Tensor | None, slope: Tensor, bend: Tensor, d
 
 def _derivatives(fn: Function, x: Tensor) -> tuple[Tensor, Tensor]:
     """g' and g'' of a function that acts on each element."""
-    keep = torch.is_grad_enabled()
+    keep = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
-        x = x if keep and x.requires_grad else x.detach().requires_grad_()
+        x = x if keep else x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
         bend = torch.zeros_like(x)
         if slope.requires_grad:
@@ -682,11 +696,12 @@ def adapt_structure(
     *,
     threshold: float,
     window: int = 50,
+    gain: float = 3.0,
 ) -> tuple[HGFNetwork, Tensor, list[tuple[int, int]]]:
     """Filter one series window by window and change the network's structure where it is surprised.
 
     When the mean surprise of a window exceeds ``threshold``, each edit (a function that changes a network) is tried on a copy that filters
-    the window again from the same beliefs; the edit of the largest evidence is kept if that is better than without.
+    the window again from the same beliefs; the edit of the largest evidence is kept if it gains more than ``gain`` nats.
 
     Returns:
         the network at the end (the given one is not changed), the surprise of every step *as it was filtered first*, so that an edit pays
@@ -701,7 +716,7 @@ def adapt_structure(
             run = network.run(piece, start=start)
             parts.append(surprise(run))
             if float(parts[-1].mean()) > threshold and at + window < len(series):
-                best = (float(parts[-1].sum()), None, network, run)
+                best = (float(parts[-1].sum()) - gain, None, network, run)
                 for i, edit in enumerate(edits):
                     other = deepcopy(network)
                     try:
