@@ -13,9 +13,14 @@ from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
+from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
 from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
+    "OIGBP",
+    "OIGHWO",
+    "OWOBP",
+    "OWOHWO",
     "ROOT",
     "Backprop",
     "CascadedForward",
@@ -39,6 +44,8 @@ __all__ = [
     "RangeTest",
     "Readout",
     "Recipe",
+    "TwoLayerMLP",
+    "TwoStage",
     "as_chain",
     "attention_scale",
     "balance_search",
@@ -50,6 +57,7 @@ __all__ = [
     "feature_diversity",
     "gradient_alignment",
     "infer_shapes",
+    "levenberg_marquardt",
     "load_checkpoint",
     "lr_range_test",
     "matrix_groups",
