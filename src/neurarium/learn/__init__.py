@@ -2,13 +2,17 @@
 
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
+from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
+from neurarium.learn.photonic import OPU
 
 __all__ = [
+    "DFA",
+    "OPU",
     "ROOT",
     "Backprop",
     "CascadedForward",
@@ -21,6 +25,7 @@ __all__ = [
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "RandomFeedback",
     "Readout",
     "as_chain",
     "evaluate",
