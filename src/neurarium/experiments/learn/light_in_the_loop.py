@@ -56,7 +56,7 @@ def run(trial: Trial) -> None:
     test = task.test.to(trial.device).batches(1000, shuffle=False)
     val, train = task.train.to(trial.device).split(len(task.train) // 5, seed=trial.seed)
     batches, watched = train.batches(BATCH, seed=trial.seed), train[:256]
-    epochs, short, width, draws = trial.scale(smoke=(1, 1, 32, 2), laptop=(8, 2, 256, 20))
+    epochs, short, width, draws = trial.scale(smoke=(1, 1, 32, 2), laptop=(8, 2, 256, 100))
 
     for arm in trial.arms(*TUNED, *VARIANTS):
         rule, like = VARIANTS.get(arm.name, (TUNED.get(arm.name), arm.name))
@@ -65,18 +65,17 @@ def run(trial: Trial) -> None:
         rule = replace(rule, optimizer=partial(Adam, lr=rate))
         model = make()
         series: list[list[float]] = []
+        redrawn = arm.name == "dfa_redrawn"
 
         def watch(progress) -> None:
             if isinstance(rule, DFA):  # noqa: B023
-                series.append(hidden_alignment(rule, progress.model, watched, trial.seed))  # noqa: B023
+                series.append(hidden_alignment(rule, progress.model, watched, trial.seed, 8 if redrawn else 1))  # noqa: B023
 
         history = rule.fit(model, batches, epochs=epochs, seed=trial.seed, callbacks=[watch])
         arm.log(accuracy=evaluate(model, test)["accuracy"], rate=rate, images=len(train), width=width)
         if isinstance(rule, DFA):
-            redrawn = arm.name == "dfa_redrawn"
-            ends = [hidden_alignment(rule, model, watched, trial.seed + i) for i in range(draws if redrawn else 1)]
-            arm.log(alignment=np.mean(ends, 0)[1:].tolist())  # hidden layers above the first
-            arm.curve("alignment", x=list(range(1, epochs + 1)), y=[float(np.mean(s[1:])) for s in series])
+            arm.log(alignment=hidden_alignment(rule, model, watched, trial.seed, draws if redrawn else 1))
+            arm.curve("alignment", x=list(range(1, epochs + 1)), y=[float(np.mean(s)) for s in series])
         if arm.name.startswith("dfa_optical"):
             frames = float(history.state["parts"]["feedback"]["frames"])
             noise = rule.projector.keywords["noise"]
@@ -114,10 +113,13 @@ def tuned(rule, make, train, val, epochs: int, seed: int) -> float:
     return max(found, key=found.__getitem__)
 
 
-def hidden_alignment(rule: DFA, model: nn.Module, batch, seed: int) -> list[float]:
-    """Cosine between update and gradient for the weights of each hidden layer."""
-    found = gradient_alignment(rule, model, batch, seed=seed)
-    return [v for n, v in found.items() if n.endswith("weight")][:-1]
+def hidden_alignment(rule: DFA, model: nn.Module, batch, seed: int, draws: int) -> list[float]:
+    """Cosine between update and gradient for the weights of each hidden layer above the first, a mean over draws of the feedback.
+
+    One draw from ``seed`` is the very feedback that the model was trained with.
+    """
+    found = [gradient_alignment(rule, model, batch, seed=seed + i) for i in range(draws)]
+    return np.mean([[v for n, v in f.items() if n.endswith("weight")][1:-1] for f in found], 0).tolist()
 
 
 def signal_to_noise(rule: DFA, width: int, batch) -> float:
@@ -161,7 +163,7 @@ def figure(record: RecordView, fig: Figure) -> None:
             time.plot(curves[0][0], y.mean(0), "o-", ms=3, color=colours[a], label=label)
             time.fill_between(curves[0][0], y.min(0), y.max(0), color=colours[a], alpha=0.15)
     time.axhline(0, color="k", lw=0.8)
-    time.set(xlabel="epoch", ylabel="cosine of update and gradient, hidden layers 2 and 3")
+    time.set(xlabel="epoch", ylabel="cosine of update and gradient (layers 2, 3)")
     time.set_title("the weights turn towards a feedback that stays", fontsize=10)
     time.legend(fontsize=8)
     images, width = (int(max(record.mean(a, name) for a in record.arms)) for name in ("images", "width"))
