@@ -5,20 +5,24 @@ from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.coordinates import coordinate_check
 from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity, with_depth
+from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
+from neurarium.learn.photonic import OPU
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
 from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
+    "DFA",
     "OIGBP",
     "OIGHWO",
+    "OPU",
     "OWOBP",
     "OWOHWO",
     "ROOT",
@@ -41,6 +45,7 @@ __all__ = [
     "Muon",
     "OneCycle",
     "Parametrization",
+    "RandomFeedback",
     "RangeTest",
     "Readout",
     "Recipe",

@@ -1,17 +1,23 @@
-"""Is a learning rule local? Three questions that any rule of :mod:`neurarium.learn.local` must answer yes to, and yours too."""
+"""Is a learning rule local? Questions that any rule of :mod:`neurarium.learn.local` must answer yes to, and yours too.
+
+:func:`assert_local` is for rules whose blocks hear nothing from above, :func:`assert_feedback_local` for rules whose blocks hear a signal
+from the top that must not come through the forward weights between."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from neurarium.learn.fit import device_of, to
+from neurarium.learn.chain import as_chain
+from neurarium.learn.fit import Learner, device_of, to
 from neurarium.learn.local import LocalLearner
 from neurarium.meter import SavedBytes
 
-__all__ = ["assert_local"]
+__all__ = ["assert_feedback_local", "assert_local"]
 
 
 def assert_local(learner: LocalLearner, model: nn.Module, batch: tuple[Tensor, Tensor], *, seed: int = 0) -> None:
@@ -47,6 +53,58 @@ def assert_local(learner: LocalLearner, model: nn.Module, batch: tuple[Tensor, T
     assert kept <= 1.1 * largest, (
         f"a step keeps {kept} bytes for the backward pass, the largest block alone {largest}: a graph spans blocks"
     )
+
+
+def assert_feedback_local(
+    learner: Learner,
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    blocks: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+) -> None:
+    """Raise ``AssertionError`` unless the signal that teaches each block passes by the forward weights of the blocks above it.
+
+    Randomising every parameter above a block must leave its update bit for bit as it was. The output error would change with those
+    weights, so a learner that has a ``loss`` setting is given one whose error is the same whatever the output is.
+
+    Args:
+        blocks: names of the parameters of each block from the input up; those of :func:`~neurarium.learn.chain.as_chain` by default.
+
+    The model is not changed.
+    """
+    if blocks is None:
+        chain = as_chain(model, to(batch[0], device_of(model)))
+        names = {p: n for n, p in model.named_parameters()}
+        blocks = [[names[p] for p in block.parameters()] for block in chain.blocks]
+
+    def fixed_error(output: Tensor, y: Tensor) -> Tensor:
+        del y
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed + 2)).to(output)
+        return (output * weights).sum() / len(output)
+
+    if any(f.name == "loss" for f in fields(learner)):  # type: ignore[arg-type]
+        learner = replace(learner, loss=fixed_error)  # type: ignore[type-var]
+
+    def updated(above: Sequence[str]) -> dict[str, Tensor]:
+        trained = deepcopy(model)
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for n, p in trained.named_parameters():
+                if n in above:
+                    p.copy_(torch.randn(p.shape, generator=generator).to(p))
+        learner.fit(trained, [batch], epochs=1, seed=seed)
+        return dict(trained.named_parameters())
+
+    reference, start = updated(()), dict(model.named_parameters())
+    for i, unit in enumerate(blocks):
+        learned = [n for n in unit if start[n].requires_grad]
+        assert not learned or any(not torch.equal(reference[n], start[n]) for n in learned), f"block {i} did not learn"
+    for j in range(1, len(blocks)):
+        above = {n for unit in blocks[j:] for n in unit}
+        found = updated(sorted(above))
+        for n in (n for unit in blocks[:j] for n in unit if n not in above):
+            assert torch.equal(found[n], reference[n]), f"the update of {n} (block < {j}) depends on the forward weights of blocks above it"
 
 
 def _fitted(learner: LocalLearner, model: nn.Module, batch: tuple[Tensor, Tensor], seed: int) -> tuple[dict[str, Tensor], list[list[str]]]:
