@@ -2,6 +2,7 @@
 
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
+from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
@@ -13,6 +14,7 @@ __all__ = [
     "Backprop",
     "CascadedForward",
     "Chain",
+    "CounterCurrent",
     "Diverged",
     "EarlyStopping",
     "ForwardForward",
