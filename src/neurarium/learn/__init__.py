@@ -4,6 +4,7 @@ from neurarium.learn.balance import Clues, Recipe, balance_search, clues
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.coordinates import coordinate_check
+from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity, with_depth
 from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ __all__ = [
     "CascadedForward",
     "Chain",
     "Clues",
+    "CounterCurrent",
     "CyclicalMomentum",
     "Diverged",
     "EarlyStopping",
