@@ -2,8 +2,11 @@
 
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
+from neurarium.learn.conditions import DataCondition, NoiseCondition, OutputPenalty, TaskEmbedding
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
+from neurarium.learn.hyper import HyperNetwork, Target, design, magnitude_probe, mip
+from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
@@ -13,20 +16,30 @@ __all__ = [
     "Backprop",
     "CascadedForward",
     "Chain",
+    "DataCondition",
     "Diverged",
+    "DynamicHyperLSTMCell",
     "EarlyStopping",
     "ForwardForward",
+    "HyperNetwork",
     "Learner",
     "LocalLearner",
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "NoiseCondition",
+    "OutputPenalty",
     "Readout",
+    "Target",
+    "TaskEmbedding",
     "as_chain",
+    "design",
     "evaluate",
     "gradient_alignment",
     "load_checkpoint",
+    "magnitude_probe",
     "matrix_groups",
+    "mip",
     "newton_schulz",
     "save_checkpoint",
 ]
