@@ -12,8 +12,9 @@ from torch.nn.modules.rnn import LSTMCell
 
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.conditions import DataCondition, NoiseCondition, OutputPenalty, TaskEmbedding
-from neurarium.learn.hyper import HyperNetwork, Target, cos_sin, design, magnitude_probe, mip
+from neurarium.learn.hyper import HyperNetwork, Target, cos_sin, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
+from neurarium.learn.hyper_probes import design, magnitude_probe
 
 OUTPUTS = ("all", "multihead", "components", "chunks")
 

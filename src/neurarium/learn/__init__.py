@@ -5,8 +5,9 @@ from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.conditions import DataCondition, NoiseCondition, OutputPenalty, TaskEmbedding
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
-from neurarium.learn.hyper import HyperNetwork, Target, design, magnitude_probe, mip
+from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
+from neurarium.learn.hyper_probes import design, magnitude_probe
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz

@@ -15,11 +15,11 @@ where the encoding wants [0, 1]) and not assumed. Generated biases start at 0, s
 *Magnitude invariance.* With piecewise-linear activations and zero biases, ``h(a c) = a h(c)``: the target's scale follows the size of the
 condition, its activations the power of its depth. The cure is two settings: ``encoding="cos_sin"`` maps ``c`` in [0, 1] to
 ``[cos(pi c / 2), sin(pi c / 2)]``, of constant norm, and ``residual=True`` starts ``theta_0`` at the target's own weights, so that h
-predicts changes. :func:`mip` makes such a network, :func:`magnitude_probe` measures the fault.
+predicts changes. :func:`mip` makes such a network, :func:`~neurarium.learn.hyper_probes.magnitude_probe` measures the fault.
 
-*Source.* Chauhan et al., "A Brief Review of Hypernetworks in Deep Learning" (arXiv 2306.06955): the taxonomy, :func:`design`. Chang,
-Flokas, Lipson, "Principled Weight Initialization for Hypernetworks" (2020): hyperfan. Ortiz, Guttag, Dalca, "Magnitude Invariant
-Parametrizations" (arXiv 2304.07645): encoding, residual, ``init="mip"``.
+*Source.* Chauhan et al., "A Brief Review of Hypernetworks in Deep Learning" (arXiv 2306.06955): the taxonomy. Chang, Flokas, Lipson,
+"Principled Weight Initialization for Hypernetworks" (2020): hyperfan. Ortiz, Guttag, Dalca, "Magnitude Invariant Parametrizations"
+(arXiv 2304.07645): encoding, residual, ``init="mip"``.
 
 *Departures.* ``delta_scale`` shrinks the generated part: on small targets the fan-out rule of the last paper starts with changes larger
 than the weights they change. Where ``residual=True`` meets chunks or components, theta_0 is a full vector: nothing is compressed then.
@@ -34,7 +34,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import pi
 from typing import Any
@@ -46,9 +45,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map
 
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.roles import Report
 
-__all__ = ["Design", "HyperNetwork", "Magnitude", "Target", "design", "magnitude_probe", "mip"]
+__all__ = ["HyperNetwork", "Target", "mip"]
 
 OUTPUTS, INITS = ("all", "multihead", "components", "chunks"), ("hyperfan_in", "hyperfan_out", "mip")
 
@@ -297,77 +295,3 @@ def mip(target: nn.Module | Target, condition_dim: int, **settings: Any) -> Hype
     return HyperNetwork(
         target, condition_dim, **({"hidden": (16, 64, 128), "encoding": "cos_sin", "residual": True, "init": "mip"} | settings)
     )
-
-
-@dataclass(frozen=True)
-class Design(Report):
-    """The review's five questions, answered for one hypernetwork, and its size beside the target's."""
-
-    input: str
-    outputs: str
-    input_changes: str
-    output_changes: str
-    architecture: str
-    parameters: int
-    target_parameters: int
-
-
-def design(hypernet: HyperNetwork) -> Design:
-    """Where a hypernetwork stands in the review's taxonomy."""
-    encoded = {None: "as it is", "cos_sin": "encoded to constant norm", "z_1mz": "encoded as [c, 1 - c]"}[hypernet.encoding]
-    made = {"all": "all at once", "multihead": "one head a layer", "components": "one output row at a time", "chunks": "in chunks"}
-    widths = [m.out_features for m in hypernet.trunk if isinstance(m, nn.Linear)]
-    return Design(
-        input=f"a vector of {hypernet.condition_dim}, {encoded}",
-        outputs=made[hypernet.output] + (", as changes of learned weights" if hypernet.residual else ""),
-        input_changes="with the caller's condition",
-        output_changes="static: one set of weights a condition",
-        architecture=f"MLP {' - '.join(map(str, widths)) or 'without hidden layer'}",
-        parameters=sum(p.numel() for p in hypernet.parameters()),
-        target_parameters=sum(hypernet.sizes.values()),
-    )
-
-
-@dataclass(frozen=True)
-class Magnitude(Report):
-    """How the target depends on the size of the condition.
-
-    ``slope`` and ``correlation`` are of log ``||theta||`` against log ``||c||``, biases left out (1 and 1: proportional).
-    ``grad_variance`` is the variance over conditions of the norm of the hypernetwork's gradient, in units of its squared mean.
-    """
-
-    slope: float
-    correlation: float
-    grad_variance: float
-
-
-def magnitude_probe(
-    hypernet: HyperNetwork, conditions: Tensor, batch: tuple[Any, ...] = (), loss: Callable[..., Tensor] | None = None
-) -> Magnitude:
-    """Read how strongly the generated weights (and gradients) follow the magnitude of the condition.
-
-    Args:
-        conditions: (n, condition_dim), of different norms, none of them zero.
-        batch: ``(*inputs, y)`` for the gradients; without it, or without ``loss``, ``grad_variance`` is NaN.
-        loss: function of ``(output, y)``.
-    """
-    norms = conditions.norm(dim=-1)
-    if len(conditions) < 3 or not bool((norms > 0).all()) or bool((norms == norms[0]).all()):
-        raise BadInput("conditions must be at least three vectors of different norms, none zero")
-    with torch.no_grad():
-        made = hypernet.weights(conditions)
-        matrices = [w.flatten(1) for n, w in made.items() if len(hypernet.target.shapes[n]) > 1] or [w.flatten(1) for w in made.values()]
-        x, y = norms.double().log(), torch.cat(matrices, 1).double().norm(dim=1).clamp_min(1e-300).log()
-    x, y = x - x.mean(), y - y.mean()
-    slope = float((x * y).sum() / x.square().sum())
-    correlation = float((x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-300))
-    spread = float("nan")
-    if batch and loss is not None:
-        parameters = [p for p in hypernet.parameters() if p.requires_grad]
-        found = []
-        for c in conditions:
-            grads = torch.autograd.grad(loss(hypernet(c, *batch[:-1]), batch[-1]), parameters, allow_unused=True)
-            found.append(torch.stack([g.double().square().sum() for g in grads if g is not None]).sum().sqrt())
-        sizes = torch.stack(found)
-        spread = float(sizes.var(unbiased=False) / sizes.mean().square().clamp_min(1e-300))
-    return Magnitude(slope, correlation, spread)
