@@ -94,7 +94,10 @@ def denoiser(name: str) -> Denoiser:
         nn.init.kaiming_normal_(layer.weight, 0.01)
         nn.init.zeros_(layer.bias)
         layers += [layer, *([nn.GroupNorm(1, b, affine=False)] if name == "norm" and b > 1 else []), nn.LeakyReLU()]
-    return Denoiser(HyperNetwork(nn.Sequential(*layers[:-1]), 1, hidden=(16, 64), **ARMS[name]), (lambda c: 2 * c - 1) if name == "centred" else (lambda c: c))
+    return Denoiser(
+        HyperNetwork(nn.Sequential(*layers[:-1]), 1, hidden=(16, 64), **ARMS[name]),
+        (lambda c: 2 * c - 1) if name == "centred" else (lambda c: c),
+    )
 
 
 def noisy(x: Tensor, level: float, seed: int) -> Tensor:
@@ -132,7 +135,9 @@ def figure(record: RecordView, fig: Figure) -> None:
     for a in ("default", "encoding", "residual", "mip"):
         curves = record.curves(a, "norm")
         y = np.array([c[1] for c in curves])
-        size.loglog(curves[0][0], np.exp(np.log(y).mean(0)), color=COLOURS[a], label=f"{LABELS[a]}: exponent {record.mean(a, 'exponent'):.2f}")
+        size.loglog(
+            curves[0][0], np.exp(np.log(y).mean(0)), color=COLOURS[a], label=f"{LABELS[a]}: exponent {record.mean(a, 'exponent'):.2f}"
+        )
     size.set(xlabel="condition: noise level", ylabel="norm of the generated weights", title="Before training")
     size.legend(fontsize=7)
     for a in ("default", "encoding", "residual", "mip", "sgd_default", "sgd_mip"):
