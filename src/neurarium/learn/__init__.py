@@ -3,12 +3,16 @@
 from neurarium.learn.balance import Clues, Recipe, balance_search, clues
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.chain import Chain, as_chain
+from neurarium.learn.conditions import DataCondition, NoiseCondition, OutputPenalty, TaskEmbedding
 from neurarium.learn.coordinates import coordinate_check
 from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity, with_depth
 from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
+from neurarium.learn.hyper import HyperNetwork, Target, mip
+from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
+from neurarium.learn.hyper_probes import design, magnitude_probe
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
@@ -33,10 +37,13 @@ __all__ = [
     "Clues",
     "CounterCurrent",
     "CyclicalMomentum",
+    "DataCondition",
     "Diverged",
+    "DynamicHyperLSTMCell",
     "EarlyStopping",
     "ForwardForward",
     "HessianFreeLR",
+    "HyperNetwork",
     "Learner",
     "LocalLearner",
     "LocalObjective",
@@ -45,12 +52,16 @@ __all__ = [
     "MuAdam",
     "MuSGD",
     "Muon",
+    "NoiseCondition",
     "OneCycle",
+    "OutputPenalty",
     "Parametrization",
     "RandomFeedback",
     "RangeTest",
     "Readout",
     "Recipe",
+    "Target",
+    "TaskEmbedding",
     "TwoLayerMLP",
     "TwoStage",
     "as_chain",
@@ -60,6 +71,7 @@ __all__ = [
     "clues",
     "coordinate_check",
     "depth_mup_",
+    "design",
     "evaluate",
     "feature_diversity",
     "gradient_alignment",
@@ -67,7 +79,9 @@ __all__ = [
     "levenberg_marquardt",
     "load_checkpoint",
     "lr_range_test",
+    "magnitude_probe",
     "matrix_groups",
+    "mip",
     "mup_",
     "mup_groups",
     "newton_schulz",
