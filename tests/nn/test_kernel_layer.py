@@ -82,7 +82,7 @@ def test_bundling_keeps_the_function(features):
     torch.testing.assert_close(small(x), chain(x), atol=1e-5, rtol=1e-4)
     assert count(small) == 16 * 24 + 24 * 8 + 8 * 3 + 3 < count(chain)
     small(x).sum().backward()
-    assert all(p.grad is not None for p in small.parameters())
+    assert features == "step" or all(p.grad is not None for p in small.parameters())  # a step passes no gradient on
     assert torch.equal(chain[1].features.G, ArcCos(20, 16).G) or features == "cos"  # the original is untouched
 
 
