@@ -8,8 +8,8 @@ An image gives LL (coarse in both) and three detail bands; the next level transf
 (a - b)/sqrt 2 of neighbours a, b: an orthonormal change of basis, which keeps energy and loses nothing. With an orthonormal
 wavelet the gradient of the transform is its inverse.
 
-*Bands* of an image are (LH, HL, HH), where the first letter is the vertical axis: LH is coarse down a column and detail along a row, HL the
-reverse. That is pywt's order (cH, cV, cD) with the first two exchanged: ``cH`` is our HL, ``cV`` our LH.
+*Bands* of an image are (LH, HL, HH), the first letter for the way along a row, the second for the way down a column: LH sees horizontal
+edges. That is PyWavelets' (cH, cV, cD), in its order.
 
 *Modes* say what lies beyond the border: ``"zero"``, ``"periodization"`` (the shortest output, orthonormal), ``"symmetric"`` (edge value
 repeated) and ``"reflect"`` (not repeated). Outputs equal PyWavelets' to rounding.
@@ -80,8 +80,8 @@ def dwt2(x: Tensor, wavelet: str = "haar", levels: int = 1, mode: str = "zero") 
     details = []
     for _ in range(levels):
         lo, hi = _analyse(x, h, g, mode, -2)
-        x, lh = _analyse(lo, h, g, mode, -1)
-        hl, hh = _analyse(hi, h, g, mode, -1)
+        x, hl = _analyse(lo, h, g, mode, -1)
+        lh, hh = _analyse(hi, h, g, mode, -1)
         details.append((lh, hl, hh))
     return x, details
 
@@ -93,7 +93,7 @@ def idwt2(
     h, g = _filters(coarse, wavelet)
     for lh, hl, hh in reversed(details):
         coarse = coarse[..., : lh.shape[-2], : lh.shape[-1]]  # a level whose input was odd gave one value too many
-        lo, hi = _synthesise(coarse, lh, h, g, mode, -1), _synthesise(hl, hh, h, g, mode, -1)
+        lo, hi = _synthesise(coarse, hl, h, g, mode, -1), _synthesise(lh, hh, h, g, mode, -1)
         coarse = _synthesise(lo, hi, h, g, mode, -2)
     return coarse if size is None else coarse[..., : size[0], : size[1]]
 
@@ -109,7 +109,7 @@ class HaarDWT2d(nn.Module):
             raise BadInput(f"sides {tuple(x.shape[-2:])} must be even: pad first")
         a, b, c, d = (x[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
         top, bottom, left, right = a + b, c + d, a - b, c - d
-        return torch.cat([top + bottom, left + right, top - bottom, left - right], 1) / 2
+        return torch.cat([top + bottom, top - bottom, left + right, left - right], 1) / 2
 
 
 class HaarIDWT2d(nn.Module):
@@ -119,7 +119,7 @@ class HaarIDWT2d(nn.Module):
         if x.shape[1] % 4:
             raise BadInput(f"{x.shape[1]} channels are not four bands")
         ll, lh, hl, hh = x.chunk(4, 1)
-        top, bottom, left, right = ll + hl, ll - hl, lh + hh, lh - hh
+        top, bottom, left, right = ll + lh, ll - lh, hl + hh, hl - hh
         rows = [torch.stack([m + d, m - d], -1).flatten(-2) for m, d in ((top, left), (bottom, right))]
         return torch.stack(rows, -2).flatten(-3, -2) / 2
 
