@@ -7,6 +7,7 @@ once: put the layer into an existing model (:mod:`.replace`), keep the scale of 
 """
 
 from neurarium.nn.autograd import assert_gradients, exact_function
+from neurarium.nn.features import RFF, URF, ArcCos, Poly, PositiveExp, RandomFeatures, orthogonal_gaussian
 from neurarium.nn.hypercomplex import (
     PadChannels,
     PHConv1d,
@@ -20,30 +21,57 @@ from neurarium.nn.hypercomplex import (
     hypercomplex,
     kronecker_factors,
 )
+from neurarium.nn.kernel_layer import KernelConv2d, KernelLinear, SNNKAdapter, bundle, fully_bundle, kernelise
 from neurarium.nn.replace import Replaced, ReplaceReport, Rule, Skipped, replace_layers
 from neurarium.nn.signal import Signal, SignalReport, gain_, signal_report
+from neurarium.nn.wavelet import HaarDWT2d, HaarIDWT2d, dwt1, dwt2, idwt1, idwt2, wavelet_filters
+from neurarium.nn.wavemix import WaveBlock, WaveMix, WaveMixLite, wave_mixing
 
 __all__ = [
+    "ArcCos",
+    "HaarDWT2d",
+    "HaarIDWT2d",
+    "KernelConv2d",
+    "KernelLinear",
     "PHConv1d",
     "PHConv2d",
     "PHConv3d",
     "PHLinear",
     "PadChannels",
+    "Poly",
+    "PositiveExp",
     "QuaternionConv2d",
+    "RFF",
+    "RandomFeatures",
     "ReplaceReport",
     "Replaced",
     "Rule",
+    "SNNKAdapter",
     "Signal",
     "SignalReport",
     "Skipped",
+    "URF",
+    "WaveBlock",
+    "WaveMix",
+    "WaveMixLite",
     "algebra",
     "assert_gradients",
+    "bundle",
     "decay_groups",
     "dense",
+    "dwt1",
+    "dwt2",
     "exact_function",
+    "fully_bundle",
     "gain_",
     "hypercomplex",
+    "idwt1",
+    "idwt2",
+    "kernelise",
     "kronecker_factors",
+    "orthogonal_gaussian",
     "replace_layers",
     "signal_report",
+    "wave_mixing",
+    "wavelet_filters",
 ]
