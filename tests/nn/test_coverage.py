@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from neurarium.nn.hyperbolic import PoincareBall, hyperbolic
 from neurarium.nn.hypercomplex import hypercomplex
+from neurarium.nn.kernel_layer import kernelise
 from neurarium.nn.replace import replace_layers
 from neurarium.nn.signal import signal_report
+from neurarium.nn.wavemix import wave_mixing
 
 
 class Residual(nn.Module):
@@ -86,6 +89,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 #: recipe -> (its rule, the models in which it finds something to replace)
 RECIPES: dict[str, tuple[Callable[[], object], set[str]]] = {
     "phnn": (lambda: hypercomplex(2), {"mlp", "resnet", "vit", "decoder"}),
+    "snnk": (lambda: kernelise("relu", num_features=8), {"mlp", "resnet", "vit", "decoder"}),
+    "wavemix": (lambda: wave_mixing(), {"resnet"}),
+    "poincare-resnet": (lambda: hyperbolic(PoincareBall(0.1)), {"mlp", "resnet", "vit", "decoder"}),
 }
 
 
