@@ -44,6 +44,25 @@ def test_step(case):
         assert torch.nn.functional.cosine_similarity(ours.detach().flatten(), theirs.detach().flatten(), 0) > 0.99
     found = latency(steps, repeats=20)
     print(f"\n{case:>14}: " + ", ".join(f"{name} {1e3 * t.median:.2f} ms" for name, t in found.items()))
+    print(f"{'':>16}to torch: " + ", ".join(f"{name} {t.median / found['torch'].median:.2f}" for name, t in found.items()))
     many = len(CASES[case]) > 10  # where stacking pays; a few large matrices cost what torch's do, plus the cut
     assert found["muon"].low <= (0.5 if many else 1.3) * found["torch"].low
     assert found["root"].low <= (0.8 if many else 1.6) * found["torch"].low
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
+def test_the_update_is_torchs(shape, monkeypatch):
+    """Three steps on one matrix; torch's iteration is made to run in float32 as well, so that only the rule is compared."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    found = []
+    for make in (partial(Muon, lr=1e-2), partial(torch.optim.Muon, lr=1e-2, adjust_lr_fn="match_rms_adamw")):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(shape))
+        optimizer = make([p])
+        for _ in range(3):
+            p.grad = torch.randn_like(p)
+            optimizer.step()
+        found.append(p.detach())
+    distance = float((found[0] - found[1]).abs().max())
+    print(f"\n{shape}: furthest from torch's after three steps {distance:.1e}")
+    assert distance < 2e-6
