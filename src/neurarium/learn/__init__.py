@@ -10,6 +10,7 @@ from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity
 from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
+from neurarium.learn.grow import ExpandableCNN, NaturalExpansion, SelfExpanding, insert_identity_conv, natural_expansion_score, widen_conv
 from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
 from neurarium.learn.hyper_probes import design, magnitude_probe
@@ -41,6 +42,7 @@ __all__ = [
     "Diverged",
     "DynamicHyperLSTMCell",
     "EarlyStopping",
+    "ExpandableCNN",
     "ForwardForward",
     "HessianFreeLR",
     "HyperNetwork",
@@ -52,6 +54,7 @@ __all__ = [
     "MuAdam",
     "MuSGD",
     "Muon",
+    "NaturalExpansion",
     "NoiseCondition",
     "OneCycle",
     "OutputPenalty",
@@ -60,6 +63,7 @@ __all__ = [
     "RangeTest",
     "Readout",
     "Recipe",
+    "SelfExpanding",
     "Target",
     "TaskEmbedding",
     "TwoLayerMLP",
@@ -76,6 +80,7 @@ __all__ = [
     "feature_diversity",
     "gradient_alignment",
     "infer_shapes",
+    "insert_identity_conv",
     "levenberg_marquardt",
     "load_checkpoint",
     "lr_range_test",
@@ -84,8 +89,10 @@ __all__ = [
     "mip",
     "mup_",
     "mup_groups",
+    "natural_expansion_score",
     "newton_schulz",
     "save_checkpoint",
     "sweep",
+    "widen_conv",
     "with_depth",
 ]
