@@ -106,7 +106,7 @@ def test_the_order_of_insertion_changes_nothing():
         assert torch.equal(plain.mean[name], other.mean[name])
 
 
-@pytest.mark.parametrize("net", [two_levels(), zoo()], ids=["two levels", "zoo"])
+@pytest.mark.parametrize("net", [two_levels(), two_levels(update="unbounded"), zoo()], ids=["two levels", "unbounded", "zoo"])
 def test_gradients_of_the_surprise_are_those_of_finite_differences(net):
     x = walk(12, 2)
     x = x if len(net.inputs) == 1 else torch.stack([x, x.flip(0)], -1)
@@ -288,6 +288,28 @@ def test_the_usual_hierarchies_are_pyhgfs_and_so_is_their_surprise(levels, kind)
         np.testing.assert_allclose(run.mean[name], np.asarray(peer.node_trajectories[i]["mean"]), rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(run.precision[name], np.asarray(peer.node_trajectories[i]["precision"]), rtol=1e-10)
     np.testing.assert_allclose(surprise(run, noise=False), np.asarray(peer.surprise()).reshape(-1, 40).sum(0), rtol=1e-9)
+
+
+def test_the_unbounded_update_is_pyhgfs_and_takes_any_surprise():
+    for net in (two_levels(update="unbounded"), HGF(3, update="unbounded", input_precision=100.0)):
+        run = net.run(JUMP)
+        assert all((p > 0).all() for p in run.precision.values())
+        assert all(torch.isfinite(m).all() for m in run.mean.values())
+        assert run.mean["level2"][-20:].mean() > run.mean["level2"][30:50].mean() + 2
+    with pytest.raises(UnsupportedModel, match=r"^e: .*one child"):
+        zoo(update="unbounded").run(torch.zeros(3, 2))
+    jax()
+    from pyhgf.model import HGF as Peer
+
+    for x, omega in ((JUMP, -2.0), (walk(40)[0], -4.0), (1e4 * JUMP, -1.0)):
+        named = {"initial_mean": {"1": 0.0, "2": 0.1, "3": 0.2}, "tonic_volatility": {"1": -3.0, "2": omega, "3": -4.0}}
+        peer = Peer(n_levels=3, model_type="continuous", update_type="unbounded", continuous_precision=100.0, **named)
+        peer.input_data(x.numpy())
+        run = HGF(3, update="unbounded", mean=(0, 0.1, 0.2), tonic_volatility=(-3.0, omega, -4.0), input_precision=100.0).run(x)
+        for i in (1, 2, 3):
+            for what in ("mean", "precision"):
+                theirs = np.asarray(peer.node_trajectories[i][what])
+                np.testing.assert_allclose(getattr(run, what)[f"level{i}"], theirs, rtol=1e-8, atol=1e-9)
 
 
 def test_the_learner_finds_the_volatility_that_made_the_series():

@@ -7,9 +7,12 @@ from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
+from neurarium.learn.predictive import HGF, HGFLearner, HGFNetwork, adapt_structure, surprise
+from neurarium.learn.predictive_coding import PredictiveCoding, PredictiveCodingMLP
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
 
 __all__ = [
+    "HGF",
     "OIGBP",
     "OIGHWO",
     "OWOBP",
@@ -21,14 +24,19 @@ __all__ = [
     "Diverged",
     "EarlyStopping",
     "ForwardForward",
+    "HGFLearner",
+    "HGFNetwork",
     "Learner",
     "LocalLearner",
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "PredictiveCoding",
+    "PredictiveCodingMLP",
     "Readout",
     "TwoLayerMLP",
     "TwoStage",
+    "adapt_structure",
     "as_chain",
     "evaluate",
     "gradient_alignment",
@@ -37,4 +45,5 @@ __all__ = [
     "matrix_groups",
     "newton_schulz",
     "save_checkpoint",
+    "surprise",
 ]
