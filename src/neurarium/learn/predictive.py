@@ -506,6 +506,7 @@ def unbounded_update(mu: Tensor, pi: Tensor, kappa: Any, omega: Tensor, dt: Any,
     Its child had ``variance`` before the step and the predicted precision ``child``; ``seen`` is the expected square of the child's step,
     ``1/pi_child + delta^2``.
     """
+    most = 0.5 * math.log(torch.finfo(mu.dtype).max)  # exponents beyond have no gradient
     offset = omega + (math.log(dt) if isinstance(dt, float) else dt.log())  # the child walks with log-variance kappa x + offset
     at = kappa * mu + offset
     w = torch.sigmoid(at - variance.log())  # the share of the walk in the child's predicted variance
@@ -515,7 +516,7 @@ def unbounded_update(mu: Tensor, pi: Tensor, kappa: Any, omega: Tensor, dt: Any,
     scaled = pi / kappa**2
     top = at + _LambertOfExp.apply(seen.log() - (2 * scaled).log() + 0.5 / scaled - at) - 0.5 / scaled
     x = (top - offset) / kappa  # near the mode
-    walk = top.exp()
+    walk = top.clamp_max(most).exp()
     w = torch.sigmoid(top - variance.log())
     error = seen / (variance + walk) - 1
     full = pi + 0.5 * kappa**2 * w * (w + (2 * w - 1) * error)
@@ -526,7 +527,7 @@ def unbounded_update(mu: Tensor, pi: Tensor, kappa: Any, omega: Tensor, dt: Any,
     pi2, mu2 = torch.where(fine, pi2, pi1), torch.where(fine, mu2, mu1)
 
     def energy(mean: Tensor) -> Tensor:
-        total = variance + (kappa * mean + offset).exp()
+        total = variance + (kappa * mean + offset).clamp_max(most).exp()
         return -0.5 * (total.log() + seen / total + pi * (mean - mu) ** 2)
 
     share = torch.sigmoid(energy(mu2) - energy(mu1))
