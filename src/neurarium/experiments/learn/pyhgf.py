@@ -213,8 +213,8 @@ def published_gap() -> float:
 
 def peer_seconds(trial: Trial, x: Tensor) -> float:
     """pyhgf over the series one after another, compiled before; a filter in plain Python where it is not installed."""
-    if importlib.util.find_spec("pyhgf") is None:
-        trial.stand_in("the same filter, one series after another on plain numbers, in the place of pyhgf, which is not installed")
+    if not trial.scale(smoke=False, laptop=importlib.util.find_spec("pyhgf") is not None):  # compiling takes longer than a smoke test
+        trial.stand_in("the same filter, one series after another on plain numbers, in the place of pyhgf")
         began = time.perf_counter()
         for row in x.tolist():
             plain_filter(row)

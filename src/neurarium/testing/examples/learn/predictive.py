@@ -19,15 +19,15 @@ __all__ = ["hgf", "predictive_coding"]
 def hgf() -> Example:
     def loader(seed: int):
         generator = torch.Generator().manual_seed(seed)
-        series = torch.randn(6, 12, generator=generator, dtype=torch.float64).cumsum(1) / 3
-        return TensorData(series, torch.ones(6)).batches(2, seed=seed)
+        series = torch.randn(6, 8, generator=generator, dtype=torch.float64).cumsum(1) / 3
+        return TensorData(series, torch.ones(6)).batches(3, seed=seed)
 
     return Example(
         "learner",
         make=lambda: HGFLearner(["tonic_volatility", "u.log_precision"]),
         model=lambda seed: HGF(update="unbounded"),
         loader=loader,
-        unsupported=lambda: nn.Linear(12, 12),
+        unsupported=lambda: nn.Linear(8, 8),
     )
 
 
