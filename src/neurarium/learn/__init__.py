@@ -19,6 +19,8 @@ from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
 from neurarium.learn.photonic import OPU
+from neurarium.learn.predictive import HGF, HGFLearner, HGFNetwork, adapt_structure, surprise
+from neurarium.learn.predictive_coding import PredictiveCoding, PredictiveCodingMLP
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
@@ -26,6 +28,7 @@ from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
     "DFA",
+    "HGF",
     "OIGBP",
     "OIGHWO",
     "OPU",
@@ -44,6 +47,8 @@ __all__ = [
     "EarlyStopping",
     "ExpandableCNN",
     "ForwardForward",
+    "HGFLearner",
+    "HGFNetwork",
     "HessianFreeLR",
     "HyperNetwork",
     "Learner",
@@ -59,6 +64,8 @@ __all__ = [
     "OneCycle",
     "OutputPenalty",
     "Parametrization",
+    "PredictiveCoding",
+    "PredictiveCodingMLP",
     "RandomFeedback",
     "RangeTest",
     "Readout",
@@ -68,6 +75,7 @@ __all__ = [
     "TaskEmbedding",
     "TwoLayerMLP",
     "TwoStage",
+    "adapt_structure",
     "as_chain",
     "attention_scale",
     "balance_search",
@@ -92,6 +100,7 @@ __all__ = [
     "natural_expansion_score",
     "newton_schulz",
     "save_checkpoint",
+    "surprise",
     "sweep",
     "widen_conv",
     "with_depth",

@@ -14,7 +14,8 @@ one node at a time, all in closed form. The structure is data: nodes and edges m
   ``mu_b = mu^_b + sum_j psi_j g_j' pi^_j delta_j / pi_b``;
 - *volatility parent*: ``pi_b = pi^_b + sum_j [(kappa gamma_j)^2 (1/2 + Delta_j) - kappa^2 gamma_j Delta_j / 2]``,
   ``mu_b = mu^_b + sum_j kappa gamma_j Delta_j / (2 pi)`` with ``pi = pi_b`` (``standard``) or ``pi^_b`` (``ehgf``: the mean is updated
-  first, which avoids most impossible precisions);
+  first, which avoids most impossible precisions). ``unbounded`` never leaves the domain: it blends two quadratic expansions of the
+  log-posterior, at the prediction and near the mode, by their values (a volatility parent of one child);
 - *inputs* have a fixed precision and ``mu^ = sum_j psi_j g_j(mu^_j)``; binary ones ``mu^ = sigmoid(...)``, and ``mu^ (1 - mu^)`` in the
   place of ``pi^`` with the error ``delta / (mu^ (1 - mu^))``.
 
@@ -115,7 +116,7 @@ class HGFNetwork(nn.Module):
     """A directed graph of beliefs. Add nodes and edges in any order, then :meth:`run` or :meth:`observe`; change it whenever you like.
 
     Args:
-        update: of volatility parents: ``"ehgf"`` or ``"standard"``.
+        update: of volatility parents: ``"ehgf"``, ``"standard"``, or ``"unbounded"``, which takes any surprise.
         dtype: of all beliefs.
         impossible: a large surprise can push the precision of a volatility parent below zero, where the approximation ends: ``"raise"``
             an error that names node and step, or ``"keep"`` the predicted precision for that step.
@@ -135,8 +136,8 @@ class HGFNetwork(nn.Module):
         super().__init__()
         if impossible not in ("raise", "keep"):
             raise BadInput(f"impossible must be 'raise' or 'keep', not {impossible!r}")
-        if update not in ("ehgf", "standard"):
-            raise BadInput(f"update must be 'ehgf' or 'standard', not {update!r}")
+        if update not in ("ehgf", "standard", "unbounded"):
+            raise BadInput(f"update must be 'ehgf', 'standard' or 'unbounded', not {update!r}")
         self.update, self.impossible, self.dtype, self.like_pyhgf, self.max_precision = update, impossible, dtype, like_pyhgf, max_precision
         self.nodes, self.strengths = nn.ModuleDict(), nn.ParameterDict()
         self.edges: tuple[Edge, ...] = ()
@@ -343,6 +344,12 @@ class _Plan:
         self.tonic = {n: nodes[n].tonic_volatility for n in self.states}
         self.drift = {n: _unless(nodes[n].drift, 0.0) for n in self.states}
         self.auto = {n: _unless(nodes[n].autoconnection, 1.0) for n in self.states}
+        self.before: dict[str, Tensor] = {}  # the variances before a prediction
+        if network.update == "unbounded":
+            for n in self.states:
+                crowd = [*self.volatility_children[n][1:], *self.value_children[n]] if self.volatility_children[n] else []
+                if crowd or len(self.volatility_parents[n]) > 1:
+                    raise UnsupportedModel("update='unbounded' is of one volatility parent of one child, with no other children", module=n)
         self.walk = {} if isinstance(dt, list) else {n: _times(self.tonic[n].exp(), dt) for n in self.states}
 
     def _edges(self, name: str, kind: str, end: str) -> list[tuple[str, Tensor | None, Function | None]]:
@@ -390,7 +397,9 @@ class _Plan:
                 omega = _times(total.exp(), dt)
             else:
                 omega = self.walk[n] if self.walk else _times(self.tonic[n].exp(), dt)
-            pi_hat[n] = (precision.reciprocal() + omega).reciprocal()
+            variance = precision.reciprocal()
+            pi_hat[n] = (variance + omega).reciprocal()
+            self.before[n] = variance
             if parents:
                 gamma[n] = omega * pi_hat[n]
 
@@ -419,6 +428,16 @@ class _Plan:
         volatile, valued = self.volatility_children[n], self.value_children[n]
         if not volatile and not valued:
             return mu_hat[n], pi_hat[n]
+        if volatile and network.update == "unbounded":
+            child, kappa, _ = volatile[0]
+            found = unbounded_update(
+                mu_hat[n], pi_hat[n], 1.0 if kappa is None else kappa, self.tonic[child], dt, self.before[child], pi_hat[child],
+                state[child][1].reciprocal() + error[child] ** 2,
+            )  # fmt: skip
+            if self.masked and child in told:
+                told[n] = told[child]
+                found = tuple(torch.where(told[child], new, old) for new, old in zip(found, (mu_hat[n], pi_hat[n])))
+            return found[0], found[1].clamp_max(network.max_precision)
         first_mean = bool(volatile) and network.update == "ehgf"
         like, precision, force = network.like_pyhgf, pi_hat[n], None
         bends: list[tuple[Any, ...]] = []  # curved edges, whose slope is taken again at the new mean by ehgf
@@ -479,6 +498,58 @@ class _Plan:
         for parent, kappa, _ in self.volatility_parents[n]:
             total = total + (state[parent][0] if kappa is None else kappa * state[parent][0])
         return (state[n][1].reciprocal() + _times(total.exp(), dt)).reciprocal()
+
+
+def unbounded_update(mu: Tensor, pi: Tensor, kappa: Any, omega: Tensor, dt: Any, variance: Tensor, child: Tensor, seen: Tensor) -> Any:
+    """Mean and precision of a volatility parent, from its prediction (mu, pi).
+
+    Its child had ``variance`` before the step and the predicted precision ``child``; ``seen`` is the expected square of the child's step,
+    ``1/pi_child + delta^2``.
+    """
+    most = 0.5 * math.log(torch.finfo(mu.dtype).max)  # exponents beyond have no gradient
+    offset = omega + (math.log(dt) if isinstance(dt, float) else dt.log())  # the child walks with log-variance kappa x + offset
+    at = kappa * mu + offset
+    w = torch.sigmoid(at - variance.log())  # the share of the walk in the child's predicted variance
+    pi1 = pi + 0.5 * kappa**2 * w * (1 - w)
+    mu1 = mu + kappa * w / (2 * pi1) * (child * seen - 1)
+
+    scaled = pi / kappa**2
+    top = at + _LambertOfExp.apply(seen.log() - (2 * scaled).log() + 0.5 / scaled - at) - 0.5 / scaled
+    x = (top - offset) / kappa  # near the mode
+    walk = top.clamp_max(most).exp()
+    w = torch.sigmoid(top - variance.log())
+    error = seen / (variance + walk) - 1
+    full = pi + 0.5 * kappa**2 * w * (w + (2 * w - 1) * error)
+    pi2 = torch.where(full > 0, full, pi + 0.5 * kappa**2 * w * (1 - w))
+    mu2 = x + (0.5 * kappa * w * error - pi * (x - mu)) / pi2
+
+    fine = torch.isfinite(pi2) & torch.isfinite(mu2)
+    pi2, mu2 = torch.where(fine, pi2, pi1), torch.where(fine, mu2, mu1)
+
+    def energy(mean: Tensor) -> Tensor:
+        total = variance + (kappa * mean + offset).clamp_max(most).exp()
+        return -0.5 * (total.log() + seen / total + pi * (mean - mu) ** 2)
+
+    share = torch.sigmoid(energy(mu2) - energy(mu1))
+    spread = (1 - share) / pi1 + share / pi2 + share * (1 - share) * (mu1 - mu2) ** 2
+    return (1 - share) * mu1 + share * mu2, spread.reciprocal()
+
+
+class _LambertOfExp(torch.autograd.Function):
+    """``w`` with ``w + log w = x``: Lambert's W of exp(x), which itself may be too large for a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        w = torch.nn.functional.softplus(x).clamp_min(1e-300)
+        for _ in range(5):
+            w = w * (1 + x - w.log()) / (1 + w)
+        ctx.save_for_backward(w)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (w,) = ctx.saved_tensors
+        return grad * w / (1 + w)
 
 
 def _curved(strength: Tensor, psi: Tensor | None, slope: Tensor, bend: Tensor, delta: Tensor) -> Tensor:
@@ -582,10 +653,11 @@ def HGF(
     **options: Any,
 ) -> HGFNetwork:
     """The usual hierarchies: a continuous input ``u`` under ``level1`` whose volatility is ``level2`` (and ``level3`` of that), or a binary
-    input ``u``, itself the first level, under ``level2`` whose volatility is ``level3``. Sequences count from level 1.
+    input ``u``, itself the first level, under ``level2`` whose volatility is ``level3``. Sequences count from level 1. A single continuous
+    level is the Kalman filter.
     """
-    if levels not in (2, 3) or kind not in ("continuous", "binary"):
-        raise BadInput(f"levels must be 2 or 3 and kind 'continuous' or 'binary', not {levels!r} and {kind!r}")
+    if kind not in ("continuous", "binary") or levels not in ((1, 2, 3) if kind == "continuous" else (2, 3)):
+        raise BadInput(f"levels must be 1, 2 or 3 (2 or 3 where kind is 'binary', not 'continuous'), not {levels!r} and {kind!r}")
     network = HGFNetwork(update=update, **options)
     network.add_input("u", kind, precision=input_precision if kind == "continuous" else 1.0)
     first = 1 if kind == "continuous" else 2
