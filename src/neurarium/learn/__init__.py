@@ -9,9 +9,11 @@ from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradien
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.photonic import OPU
+from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
 
 __all__ = [
     "DFA",
+    "DPSGD",
     "OPU",
     "ROOT",
     "Backprop",
@@ -25,9 +27,11 @@ __all__ = [
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "PrivateDFA",
     "RandomFeedback",
     "Readout",
     "as_chain",
+    "epsilon",
     "evaluate",
     "gradient_alignment",
     "load_checkpoint",
