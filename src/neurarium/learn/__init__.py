@@ -21,6 +21,7 @@ from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mu
 from neurarium.learn.photonic import OPU
 from neurarium.learn.predictive import HGF, HGFLearner, HGFNetwork, adapt_structure, surprise
 from neurarium.learn.predictive_coding import PredictiveCoding, PredictiveCodingMLP
+from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
@@ -28,6 +29,7 @@ from neurarium.learn.widths import Parametrization, infer_shapes
 
 __all__ = [
     "DFA",
+    "DPSGD",
     "HGF",
     "OIGBP",
     "OIGHWO",
@@ -66,6 +68,7 @@ __all__ = [
     "Parametrization",
     "PredictiveCoding",
     "PredictiveCodingMLP",
+    "PrivateDFA",
     "RandomFeedback",
     "RangeTest",
     "Readout",
@@ -84,6 +87,7 @@ __all__ = [
     "coordinate_check",
     "depth_mup_",
     "design",
+    "epsilon",
     "evaluate",
     "feature_diversity",
     "gradient_alignment",

@@ -111,6 +111,7 @@ class DFA(Learner):
         feedback = self.projector(chain.shapes[-1].numel(), width, seed=seed) if width else None
         if feedback is not None:
             feedback.to(parameters[0].device, parameters[0].dtype)
+        self.accept(chain, feedback)
         optimizer = self.optimizer(parameters)
         schedule = None if self.schedule is None else self.schedule(optimizer)
 
@@ -128,23 +129,26 @@ class DFA(Learner):
             val=val, evaluator=partial(evaluate, model, loss=self.loss), seed=seed, callbacks=callbacks, resume=resume,
         )  # fmt: skip
 
+    def accept(self, chain: Chain, feedback: Any) -> None:
+        """Where a subclass refuses what it cannot train, or settings that make no sense."""
+
     def gradients(self, chain: Chain, feedback: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Leave each block's update in ``.grad`` of its parameters; return the loss and the output."""
         outputs = chain.forward(x)  # each on a graph of its own
         loss, e = output_error(find_loss(self.loss), outputs[-1], y)
         hidden = [h for h, block in zip(outputs[:-1], chain.blocks) if learns(block)]
-        roots, errors = hidden, []
-        if hidden:
-            errors = [d.view_as(h) for h, d in zip(hidden, self.feed_back(feedback, e, [h[0].numel() for h in hidden]))]
-        if learns(chain.blocks[-1]):
-            roots, errors = [*hidden, outputs[-1]], [*errors, e.view_as(outputs[-1])]
-        torch.autograd.backward(roots, [d / len(e) for d in errors])
+        roots = [*hidden, outputs[-1]]
+        signals = self.signals(feedback, e, [h[0].numel() for h in hidden])
+        pairs = [(h, s.reshape(h.shape) / len(e)) for h, s in zip(roots, signals) if h.requires_grad]
+        torch.autograd.backward([h for h, _ in pairs], [s for _, s in pairs])
         return loss, outputs[-1].detach()
 
-    def feed_back(self, feedback: Any, e: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
-        """Each block's feedback (n, width) from the samples' errors (n, outputs)."""
+    def signals(self, feedback: Any, e: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """What teaches each hidden block (n, width) and the last one (n, outputs), made of the samples' errors (n, outputs)."""
+        if not widths:
+            return [e]
         sent = e if self.ternary is None else ternarise(e, self.ternary)
-        return feedback.project(sent).split(list(widths), 1)
+        return [*feedback.project(sent).split(list(widths), 1), e]
 
 
 def learns(block: nn.Module) -> bool:

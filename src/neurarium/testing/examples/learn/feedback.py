@@ -6,14 +6,15 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 
 from neurarium.data import TensorData
 from neurarium.learn.feedback import DFA
 from neurarium.learn.photonic import OPU
+from neurarium.learn.private_feedback import PrivateDFA
 from neurarium.testing import Example
 
-__all__ = ["light_in_the_loop"]
+__all__ = ["light_in_the_loop", "photonic_dp"]
 
 
 class _Skip(nn.Module):
@@ -46,4 +47,15 @@ def light_in_the_loop() -> Example:
         model=_model,
         loader=_loader,
         unsupported=_Skip,
+    )
+
+
+def photonic_dp() -> Example:
+    """Clipped and noisy feedback."""
+    return Example(
+        "learner",
+        make=lambda: PrivateDFA(optimizer=partial(SGD, lr=0.1, momentum=0.9), sigma=0.5),
+        model=_model,
+        loader=_loader,
+        unsupported=lambda: nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 3)),
     )
