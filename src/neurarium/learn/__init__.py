@@ -7,6 +7,7 @@ from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, eval
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
+from neurarium.learn.noprop import NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 
 __all__ = [
@@ -23,6 +24,10 @@ __all__ = [
     "LocalObjective",
     "MonoForward",
     "Muon",
+    "NoProp",
+    "NoPropCTNet",
+    "NoPropFMNet",
+    "NoPropNet",
     "Readout",
     "as_chain",
     "evaluate",
