@@ -16,6 +16,7 @@ from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
 from neurarium.learn.hyper_probes import design, magnitude_probe
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
+from neurarium.learn.noprop import NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
 from neurarium.learn.photonic import OPU
@@ -62,6 +63,10 @@ __all__ = [
     "MuSGD",
     "Muon",
     "NaturalExpansion",
+    "NoProp",
+    "NoPropCTNet",
+    "NoPropFMNet",
+    "NoPropNet",
     "NoiseCondition",
     "OneCycle",
     "OutputPenalty",

@@ -10,9 +10,10 @@ from torch.optim import SGD
 
 from neurarium.data import TensorData
 from neurarium.learn.counter_current import CounterCurrent
+from neurarium.learn.noprop import NoProp, NoPropNet
 from neurarium.testing import Example
 
-__all__ = ["counter_current"]
+__all__ = ["counter_current", "noprop"]
 
 
 def loader(seed: int):
@@ -35,3 +36,13 @@ def counter_current() -> Example:
         loader=loader,
         unsupported=lambda: nn.Sequential(nn.Linear(6, 12), nn.ELU()),
     )
+
+
+def noprop() -> Example:
+    """Three steps in discrete time; a network that is no label diffusion is refused."""
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return NoPropNet(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU()), 3, torch.zeros(2, 6), steps=3, hidden=8)
+
+    return Example("learner", make=NoProp, model=model, loader=loader, unsupported=lambda: nn.Sequential(nn.Linear(6, 3)))
