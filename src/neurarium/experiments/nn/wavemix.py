@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from neurarium.lab import RecordView, Trial
 
-#: the best peak learning rate of 5e-3, 1e-2, 2e-2, 4e-2 for each network, on other seeds than those that are judged
-ARMS = {"wavemix": 2e-2, "cnn": 2e-2, "cnn_flops": 2e-2, "mixer": 1e-2, "no_dwt": 2e-2, "random_orthonormal": 2e-2, "wavemix3": 1e-2}
+#: the best peak learning rate of 1e-2, 2e-2, 4e-2 on another seed than those that are judged
+ARMS = {"wavemix": 4e-2, "cnn": 4e-2, "cnn_flops": 4e-2, "mixer": 4e-2, "no_dwt": 4e-2, "random_orthonormal": 4e-2, "wavemix3": 4e-2}
 BATCH, DEPTHS = 64, (1, 2, 4)
 
 
