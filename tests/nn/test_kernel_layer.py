@@ -193,6 +193,7 @@ def test_the_adapter_starts_as_the_identity():
     assert not torch.equal(SNNKAdapter(16, 4, zero_init=False)(x), x)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_onnx(tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
