@@ -7,6 +7,17 @@ once: put the layer into an existing model (:mod:`.replace`), keep the scale of 
 """
 
 from neurarium.nn.autograd import assert_gradients, exact_function
+from neurarium.nn.hyperbolic import (
+    PMLR,
+    PBatchNorm,
+    PConv2d,
+    PLinear,
+    PoincareBall,
+    PoincareResNet,
+    PResidual,
+    frechet_mean,
+    hyperbolic,
+)
 from neurarium.nn.hypercomplex import (
     PadChannels,
     PHConv1d,
@@ -24,6 +35,15 @@ from neurarium.nn.replace import Replaced, ReplaceReport, Rule, Skipped, replace
 from neurarium.nn.signal import Signal, SignalReport, gain_, signal_report
 
 __all__ = [
+    "frechet_mean",
+    "hyperbolic",
+    "PoincareResNet",
+    "PoincareBall",
+    "PResidual",
+    "PLinear",
+    "PConv2d",
+    "PBatchNorm",
+    "PMLR",
     "PHConv1d",
     "PHConv2d",
     "PHConv3d",
