@@ -8,6 +8,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 :data:`SETS` lists them all; every loader returns a frozen task whose ``note`` says what differs from the published set.
 """
 
+from neurarium.data.characters import baybayin
 from neurarium.data.graphs import GraphTask, graph
 from neurarium.data.registry import SETS, available, get, where
 from neurarium.data.sequences import SeriesTask, arma, series
@@ -33,6 +34,7 @@ __all__ = [
     "arma",
     "audio",
     "available",
+    "baybayin",
     "cache_dir",
     "get",
     "graph",

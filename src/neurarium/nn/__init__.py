@@ -3,11 +3,11 @@
 The lowest room: every other room may import it. A layer here is a *weight recipe* plus a fixed operator (a convolution whose kernel is a
 sum of Kronecker products, a dot product of random features, ...). What users need is then the same for all of them and is written
 once: put the layer into an existing model (:mod:`.replace`), keep the scale of the signal (:mod:`.signal`), get exact gradients
-(:mod:`.autograd`).
-"""
+(:mod:`.autograd`)."""
 
 from neurarium.nn.autograd import assert_gradients, exact_function
 from neurarium.nn.features import RFF, URF, ArcCos, Poly, PositiveExp, RandomFeatures, orthogonal_gaussian
+from neurarium.nn.hyperbolic import PMLR, PBatchNorm, PConv2d, PLinear, PoincareBall, PoincareResNet, PResidual, frechet_mean, hyperbolic
 from neurarium.nn.hypercomplex import (
     PadChannels,
     PHConv1d,
@@ -28,20 +28,28 @@ from neurarium.nn.wavelet import HaarDWT2d, HaarIDWT2d, dwt1, dwt2, idwt1, idwt2
 from neurarium.nn.wavemix import WaveBlock, WaveMix, WaveMixLite, wave_mixing
 
 __all__ = [
+    "PMLR",
+    "RFF",
+    "URF",
     "ArcCos",
     "HaarDWT2d",
     "HaarIDWT2d",
     "KernelConv2d",
     "KernelLinear",
+    "PBatchNorm",
+    "PConv2d",
     "PHConv1d",
     "PHConv2d",
     "PHConv3d",
     "PHLinear",
+    "PLinear",
+    "PResidual",
     "PadChannels",
+    "PoincareBall",
+    "PoincareResNet",
     "Poly",
     "PositiveExp",
     "QuaternionConv2d",
-    "RFF",
     "RandomFeatures",
     "ReplaceReport",
     "Replaced",
@@ -50,7 +58,6 @@ __all__ = [
     "Signal",
     "SignalReport",
     "Skipped",
-    "URF",
     "WaveBlock",
     "WaveMix",
     "WaveMixLite",
@@ -62,8 +69,10 @@ __all__ = [
     "dwt1",
     "dwt2",
     "exact_function",
+    "frechet_mean",
     "fully_bundle",
     "gain_",
+    "hyperbolic",
     "hypercomplex",
     "idwt1",
     "idwt2",

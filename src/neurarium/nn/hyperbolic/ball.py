@@ -62,44 +62,51 @@ def _square(x: Tensor) -> Tensor:
     return (x * x).sum(-1, keepdim=True)
 
 
-# Radial maps x -> g(c |x|^2) x. Each g returns its value and its slope.
+# Radial maps x -> g(c |x|^2) x. Each gain returns its value and, if asked, its slope.
+
+Gain = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
-def _exp_gain(q: Tensor) -> tuple[Tensor, Tensor]:
+def _exp_gain(q: Tensor, sloped: bool) -> tuple[Tensor, Tensor]:
     """tanh(sqrt q)/sqrt q, not beyond the border."""
-    f, slope = tanhc.slope(q)
+    f, slope = tanhc.slope(q) if sloped else (tanhc(q), q)
+    return _bounded(q, f, slope, f * f * q, sloped)
+
+
+def _inside_gain(q: Tensor, sloped: bool) -> tuple[Tensor, Tensor]:
+    """1, not beyond the border."""
+    return _bounded(q, torch.ones_like(q), torch.zeros_like(q), q, sloped)
+
+
+def _bounded(q: Tensor, f: Tensor, slope: Tensor, reached: Tensor, sloped: bool) -> tuple[Tensor, Tensor]:
     most = 1 - border(q.dtype)
-    over = f * f * q > most * most
-    safe = torch.where(over, q, 1)
-    return torch.where(over, most * safe.rsqrt(), f), torch.where(over, -0.5 * most * safe**-1.5, slope)
+    over = reached > most * most
+    far = torch.where(over, q, 1)
+    safe = most * far.rsqrt()
+    return torch.where(over, safe, f), torch.where(over, -0.5 * safe / far, slope) if sloped else slope
 
 
-def _log_gain(q: Tensor) -> tuple[Tensor, Tensor]:
+def _log_gain(q: Tensor, sloped: bool) -> tuple[Tensor, Tensor]:
+    """artanh(sqrt q)/sqrt q, finite on the unit sphere and beyond."""
     most = 1 - (1e-6 if q.dtype == torch.float32 else 1e-14)
-    inside = q < most
+    if not sloped:
+        return atanhc(q.clamp(max=most)), q
     f, slope = atanhc.slope(q.clamp(max=most))
-    return f, torch.where(inside, slope, 0)
+    return f, torch.where(q < most, slope, 0)
 
 
-def _inside_gain(q: Tensor) -> tuple[Tensor, Tensor]:
-    most = 1 - border(q.dtype)
-    over = q > most * most
-    safe = torch.where(over, q, 1)
-    return torch.where(over, most * safe.rsqrt(), 1), torch.where(over, -0.5 * most * safe**-1.5, 0)
-
-
-def _radial(gain: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def _radial(gain: Gain) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(exact, plain) forms of ``(x, c) -> gain(c |x|^2) x``."""
 
     def forward(x: Tensor, c: Tensor) -> Tensor:
-        return gain(c * _square(x))[0] * x
+        return gain(c * _square(x), False)[0] * x
 
     def backward(kept, u):
         x, c = kept
         r = _square(x)
-        g, slope = gain(c * r)
+        g, slope = gain(c * r, True)
         along = slope * (u * x).sum(-1, keepdim=True)
-        return g * u + 2 * c * along * x, (along * r).sum()
+        return torch.addcmul(g * u, 2 * c * along, x), (along * r).sum()
 
     return exact_function(forward, backward, lambda inputs, out: inputs), forward
 
@@ -109,8 +116,9 @@ _EXP0, _LOG0, _PROJECT = _radial(_exp_gain), _radial(_log_gain), _radial(_inside
 
 def _add_forward(x: Tensor, y: Tensor, c: Tensor) -> Tensor:
     xx, yy, xy = _square(x), _square(y), (x * y).sum(-1, keepdim=True)
-    z = ((1 + 2 * c * xy + c * yy) * x + (1 - c * xx) * y) / _denominator(xx, yy, xy, c)
-    return _inside_gain(c * _square(z))[0] * z
+    d = _denominator(xx, yy, xy, c)
+    z = torch.addcmul((1 + 2 * c * xy + c * yy) / d * x, (1 - c * xx) / d, y)
+    return _inside_gain(c * _square(z), False)[0] * z
 
 
 def _denominator(xx: Tensor, yy: Tensor, xy: Tensor, c: Tensor) -> Tensor:
@@ -118,21 +126,22 @@ def _denominator(xx: Tensor, yy: Tensor, xy: Tensor, c: Tensor) -> Tensor:
 
 
 def _add_backward(kept, u):
-    """With p = <u,x>, q = <u,y> and t = (a p + b q)/D for the two brackets a, b and the denominator D of the addition."""
+    """With the two brackets of the addition over its denominator D as a, b; p = <u,x>, q = <u,y> and t = a p + b q."""
     x, y, c = kept
     xx, yy, xy = _square(x), _square(y), (x * y).sum(-1, keepdim=True)
     a, b, d = 1 + 2 * c * xy + c * yy, 1 - c * xx, _denominator(xx, yy, xy, c)
     # first back through the projection of the sum z onto the ball
-    z = (a * x + b * y) / d
+    a, b = a / d, b / d
+    z = torch.addcmul(a * x, b, y)
     zz = _square(z)
-    g, slope = _inside_gain(c * zz)
+    g, slope = _inside_gain(c * zz, True)
     along = slope * (u * z).sum(-1, keepdim=True)
     dc = (along * zz).sum()
-    u = g * u + 2 * c * along * z
+    u = torch.addcmul(g * u, 2 * c * along, z)
     p, q = (u * x).sum(-1, keepdim=True), (u * y).sum(-1, keepdim=True)
-    t = (a * p + b * q) / d
-    dx = (a * u - 2 * c * ((t * c * yy + q) * x + (t - p) * y)) / d
-    dy = (b * u + 2 * c * ((p - t) * x + (p - c * xx * t) * y)) / d
+    t, k = a * p + b * q, 2 * c / d
+    dx = torch.addcmul(torch.addcmul(a * u, -k * (t * c * yy + q), x), k * (p - t), y)
+    dy = torch.addcmul(torch.addcmul(b * u, k * (p - t), x), k * (p - c * xx * t), y)
     dc = dc + (((2 * xy + yy) * p - xx * q - t * (2 * xy + 2 * c * xx * yy)) / d).sum()
     return dx, dy, dc
 

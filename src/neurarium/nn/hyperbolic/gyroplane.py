@@ -8,9 +8,9 @@ Output k of a hyperbolic linear layer is the (scaled, signed) distance v_k to a 
 All of it depends on the input through ``P_k = <x, z_k>`` and ``R = |x|^2`` alone. So the layer is an ordinary matrix product or convolution
 for P, and this operation on (P, R, |z|, r, c), for which only those are kept.
 
-Two identities make flat features cheap. For ``x = exp0(u)``: ``lambda_x sqrt c x = sinh(2 sqrt c |u|) u/|u|`` and ``lambda_x - 1 =
-cosh(2 sqrt c |u|)``; and ``log0(y) = arsinh(sqrt c |w|)/2 w/(sqrt c |w|)``. A layer between tangent spaces at the origin therefore never forms x or y:
-``into`` and ``out`` say in which form features come and go.
+Two identities make flat features cheap. For ``x = exp0(u)``: ``lambda_x sqrt c x = sinh(2 sqrt c |u|) u/|u|`` and
+``lambda_x - 1 = cosh(2 sqrt c |u|)``; and ``log0(y) = arsinh(sqrt c |w|)/2 w/(sqrt c |w|)``. A layer between tangent spaces at the
+origin therefore never forms x or y: ``into`` and ``out`` say in which form features come and go.
 """
 
 from __future__ import annotations

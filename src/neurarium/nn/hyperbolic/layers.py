@@ -102,8 +102,8 @@ class PLinear(_Gyroplanes):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, ball: PoincareBall, *, bias: bool = True, init: Literal["identity", "normal"] = "identity",
-        space: Spaces = "ball", device: Any = None, dtype: Any = None,
+        self, in_features: int, out_features: int, ball: PoincareBall, *, bias: bool = True,
+        init: Literal["identity", "normal"] = "identity", space: Spaces = "ball", device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__((out_features, in_features), ball, bias, init, space, {"device": device, "dtype": dtype})
         self.in_features, self.out_features = in_features, out_features
@@ -115,13 +115,15 @@ class PLinear(_Gyroplanes):
 
     @torch.no_grad()
     def fit_(self, old: nn.Module, inputs: Tensor | None = None) -> Tensor:
-        """Start from an ordinary linear layer: equal to it in the limit c -> 0, and to first order at the origin for every c if it has no bias.
+        """Start from an ordinary layer: equal to it in the limit c -> 0, and without a bias to first order at the origin for every c.
 
         Z = W/2 and r_k = -b_k/|w_k|. Returns the relative error of the outputs on ``inputs`` (0 without any), for the layer between tangent
         spaces. Raises ``BadInput`` for another shape.
         """
         if old.weight.shape != self.weight.shape or isinstance(old, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-            raise BadInput(f"a {type(old).__name__} of shape {tuple(old.weight.shape)} cannot start one of shape {tuple(self.weight.shape)}")
+            raise BadInput(
+                f"a {type(old).__name__} of shape {tuple(old.weight.shape)} cannot start one of shape {tuple(self.weight.shape)}"
+            )
         if self.bias is None and old.bias is not None:
             raise BadInput("the old layer has a bias, the new one has none")
         self.weight.copy_(old.weight / (2 * self._patch_gain()))
@@ -146,7 +148,7 @@ class PLinear(_Gyroplanes):
 
 
 class PConv2d(PLinear):
-    """Hyperbolic convolution ``(n, in_channels, h, w) -> (n, out_channels, h', w')``: every pixel's channel vector is a point (or tangent vector).
+    """Hyperbolic convolution ``(n, in_channels, h, w) -> (n, out_channels, h', w')``: every pixel's channels are one vector.
 
     ``init``: ``"identity"`` as published, ``"centre"`` (the layer is the identity on channels that it has on both sides), ``"normal"``.
     Zero padding is the origin of the ball.
@@ -222,12 +224,13 @@ class PMLR(PLinear):
 class PBatchNorm(nn.Module):
     """Batch normalisation of points (n, features) or (n, features, ...): moves their mean to a learned point and scales their spread.
 
-    ``center``: ``"midpoint"`` (closed form) or ``"frechet"`` (iterated to ``tol``). One variance for the whole vector, one learned scale gamma.
+    ``center``: ``"midpoint"`` (closed form) or ``"frechet"`` (iterated to ``tol``). One variance for the whole vector, one learned scale.
     """
 
     def __init__(
         self, features: int, ball: PoincareBall, *, center: Literal["midpoint", "frechet"] = "midpoint", space: Spaces = "ball",
-        eps: float = 1e-6, momentum: float = 0.1, track_running_stats: bool = True, tol: float = 1e-6, device: Any = None, dtype: Any = None,
+        eps: float = 1e-6, momentum: float = 0.1, track_running_stats: bool = True, tol: float = 1e-6,
+        device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if center not in ("midpoint", "frechet"):
@@ -284,7 +287,7 @@ class PBatchNorm(nn.Module):
 
 
 class PResidual(nn.Module):
-    """``body(x) (+) shortcut(x)`` over the channels (axis 1, or the last one of a matrix) of points; the shortcut is x itself by default."""
+    """``body(x) (+) shortcut(x)`` over the channels (axis 1) of points; the shortcut is x itself by default."""
 
     def __init__(self, body: nn.Module, ball: PoincareBall, shortcut: nn.Module | None = None) -> None:
         super().__init__()
@@ -293,7 +296,9 @@ class PResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         f, rest = self.body(x), self.shortcut(x)
         if f.shape != rest.shape:
-            raise BadInput(f"the body gives shape {tuple(f.shape)}, the shortcut {tuple(rest.shape)}: a residual connection needs equal ones")
+            raise BadInput(
+                f"the body gives shape {tuple(f.shape)}, the shortcut {tuple(rest.shape)}: a residual connection needs equal ones"
+            )
         return self.ball.mobius_add(f.movedim(1, -1), rest.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -301,9 +306,10 @@ def hyperbolic(ball: PoincareBall, *, init: Literal["identity", "normal", "fit"]
     """The rule for :func:`neurarium.nn.replace.replace_layers` that makes linear layers and 2-D convolutions hyperbolic.
 
     The new layers map tangent vectors at the origin of ``ball`` (shared by all of them), so that the model around them stays as it is.
+    Features should be short against 1/sqrt c: without normalisation in between, a stack of convolutions carries longer ones to the border.
     ``init="identity"``: linear layers copy their input, convolutions its central pixel. ``"normal"``: small random weights. ``"fit"``: the
     weights of the trained layer, whose function it has where ``c |x|^2`` and ``c |y|^2`` are small: choose c accordingly.
-    Kept, with the reason in the report: grouped and 1-D/3-D convolutions, padding modes other than zeros, subclasses of the standard layers.
+    Kept, with the reason in the report: grouped and 1-D/3-D convolutions, padding modes other than zeros, subclasses of these layers.
     """
     if init not in ("identity", "normal", "fit"):
         raise BadInput(f"init is 'identity', 'normal' or 'fit', not {init!r}")

@@ -64,7 +64,7 @@ class _Exp0(nn.Module):
 
 
 class PoincareResNet(nn.Module):
-    """Images (n, in_channels, h, w) -> logits. ``depth`` is 6n + 2; one ball of curvature -c is shared by all layers (``ball`` to give your own).
+    """Images (n, in_channels, h, w) -> logits. ``depth`` is 6n + 2. One ball of curvature -c is shared by all layers, or give your own.
 
     ``init``: of the convolutions, ``"identity"`` as published, ``"centre"`` or ``"normal"``. ``center``: of the batch normalisations.
     """

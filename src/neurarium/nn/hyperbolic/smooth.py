@@ -1,8 +1,8 @@
 """Even functions of a norm, written as functions of its square, so that they and all their derivatives are smooth at the origin.
 
 ``tanh(r)/r`` is analytic in ``q = r^2``, but its closed form is 0/0 at the origin and loses half of the digits near it. Each function
-here switches to its Taylor polynomial below ``q = 0.02``, where seven terms are exact to the last digit of float64, and returns its
-derivative by the same rule: what a hand-written backward pass needs.
+here switches to its Taylor polynomial below ``q = 0.02``, where nine terms are exact to the last digits of float64 and five to those of
+float32, and returns its derivative by the same rule: what a hand-written backward pass needs.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def _pair(closed: Callable[[Tensor], Tensor], slope: Callable[[Tensor, Tensor], 
 
 
 def _horner(coefficients: list[float], q: Tensor) -> Tensor:
+    if q.dtype != torch.float64:
+        coefficients = coefficients[:5]
     total = torch.full_like(q, coefficients[-1])
     for a in reversed(coefficients[:-1]):
         total = total * q + a
