@@ -59,7 +59,7 @@ def run(trial: Trial) -> None:
         shallow, middle, deep = curves[depths[0]], curves[depths[-2]], curves[depths[-1]]
         best, copied = int(deep.argmin()), int(middle.argmin())
         arm.log(
-            drift=drift(middle, deep), best_loss=deep[best], transferred_loss=deep[copied], best_rate=RATES[best],
+            depths=list(curves), drift=drift(middle, deep), best_loss=deep[best], transferred_loss=deep[copied], best_rate=RATES[best],
             regret=deep[copied] / deep[best] if np.isfinite(deep[best]) else float("inf"),
         )  # fmt: skip
         low = max(1, min(int(shallow.argmin()), best))
@@ -149,12 +149,14 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 4)
     names = [a for a in EXPONENTS if a in record.arms]
-    depths = [d for d in (4, 8, 32, 64) if any(record.curves(a, f"depth{d}") for a in names)]
+    own = {a: [int(d) for d in record.mean(a, "depths")] for a in names}
+    depths = sorted({d for o in own.values() for d in o})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(depths)))
     for ax, a in zip(axes.flat, names):
         for depth, colour in zip(depths, colours):
-            if not (curves := record.curves(a, f"depth{depth}")):
+            if depth not in own[a]:
                 continue
+            curves = record.curves(a, f"depth{depth}")
             x, y = curves[0][0], np.array([c[1] for c in curves])
             mean = np.exp(np.log(y).mean(0))
             ax.plot(x, mean, "o-", ms=3, color=colour, label=f"{depth} blocks")
@@ -173,7 +175,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     distance, loss = axes.flat[6], axes.flat[7]
     palette = dict(zip(EXPONENTS, ("#0072B2", "#56B4E9", "#D55E00", "#000000", "#E69F00", "#009E73")))
     for a in names:
-        if curves := record.curves(a, "distance"):
+        if record.has(a, "diversity"):
+            curves = record.curves(a, "distance")
             x, y = curves[0][0], np.array([c[1] for c in curves])
             distance.plot(x, y.mean(0) / y.mean(0)[-1], "o-", color=palette[a], label=f"{LABELS[a]}: {record.mean(a, 'diversity'):.2f}")
     x = np.asarray(x)
@@ -183,9 +186,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     distance.title.set_fontsize(9)
     distance.legend(fontsize=6, title="diversity exponent", title_fontsize=7)
     for a in names:
-        at = [d for d in depths if record.curves(a, f"depth{d}")]
-        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in at]
-        loss.plot(at, np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
+        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in own[a]]
+        loss.plot(own[a], np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
     loss.set(xscale="log", yscale="log", xlabel="blocks", title="loss at the best rate")
     loss.set_xticks(depths, [str(d) for d in depths])
     loss.minorticks_off()

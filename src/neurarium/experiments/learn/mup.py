@@ -63,7 +63,7 @@ def run(trial: Trial) -> None:
         here = int(np.abs(np.log(np.divide(WIDE_RATES, base_rate))).argmin())  # the copied rate
         correct = accuracy(model, {n: p[0] for n, p in params.items()}, test, task.test.y, trial)
         arm.log(
-            base_rate=base_rate, best_rate=WIDE_RATES[best], multiplier=alpha,
+            widths=list(curves), base_rate=base_rate, best_rate=WIDE_RATES[best], multiplier=alpha,
             drift=abs(np.log2(best_rate(WIDE_RATES, curves[widths[-1]]) / best_rate(RATES, curves[widths[0]]))),
             base_loss=curves[widths[0]].min(), best_loss=curves[widths[-1]][best], transferred_loss=curves[widths[-1]][here],
             direct_accuracy=correct[best], transferred_accuracy=correct[here],
@@ -159,7 +159,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 4)
     names = [a for a in ALPHAS if a in record.arms]
-    widths = [w for w in (8, 16, BASE, 4 * BASE, 16 * BASE) if record.curves(names[0], f"width{w}")]
+    widths = [int(w) for w in record.mean(names[0], "widths")]
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(widths)))
     for ax, a in zip(axes[0], names):
         for width, colour in zip(widths, colours):
