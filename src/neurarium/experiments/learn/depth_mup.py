@@ -36,7 +36,7 @@ EXPONENTS = {  # of the branch and of the learning rate
 }  # fmt: skip
 LABELS = {
     "depth_mup": "depth-muP, ReLU", "depth_mup_abs": "depth-muP, |x|", "ode": "ODE scaling", "standard": "standard",
-    "unscaled": "rate not scaled", "two_layers": "depth-muP, two-layer blocks",
+    "unscaled": "rate not scaled", "two_layers": "two-layer blocks",
 }  # fmt: skip
 
 
@@ -164,8 +164,9 @@ def figure(record: RecordView, fig: Figure) -> None:
             if mean.min() < 99:
                 ax.plot(x[mean.argmin()], mean.min(), "*", ms=11, color=colour, mec="black", mew=0.5)
         ax.set(title=f"{LABELS[a]}: drift {record.mean(a, 'drift'):.1f} octaves", ylim=(0.1, 3), yscale="log")
-        ax.title.set_fontsize(10)
+        ax.title.set_fontsize(9)
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+        ax.minorticks_off()
     for ax in axes.flat[: len(names)]:
         ax.set_xlabel("log2 learning rate")
     axes[0, 0].legend(fontsize=8)
@@ -182,9 +183,11 @@ def figure(record: RecordView, fig: Figure) -> None:
     x = np.asarray(x)
     distance.plot(x, (x / x[-1]) ** 0.5, ":", color="grey", lw=1)
     distance.plot(x, x / x[-1], ":", color="grey", lw=1)
-    distance.set(xscale="log", yscale="log", xlabel="lag, share of the depth", title="distance of features (dots: slopes 1/2 and 1)")
-    distance.title.set_fontsize(9)
-    distance.legend(fontsize=6, title="diversity exponent", title_fontsize=7)
+    distance.set(xscale="log", yscale="log", xlabel="lag, share of the depth", title="distance of features")
+    distance.set_xticks(x, [f"1/{round(1 / v)}" for v in x])
+    distance.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    distance.minorticks_off()
+    distance.legend(fontsize=6, title="diversity exponent (dots: 1/2 and 0)", title_fontsize=7)
     for a in names:
         y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in own[a]]
         loss.plot(own[a], np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
