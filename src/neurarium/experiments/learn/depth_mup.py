@@ -36,7 +36,7 @@ EXPONENTS = {  # of the branch and of the learning rate
 }  # fmt: skip
 LABELS = {
     "depth_mup": "depth-muP, ReLU", "depth_mup_abs": "depth-muP, |x|", "ode": "ODE scaling", "standard": "standard",
-    "unscaled": "rate not scaled", "two_layers": "depth-muP, two-layer blocks",
+    "unscaled": "rate not scaled", "two_layers": "two-layer blocks",
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def run(trial: Trial) -> None:
         shallow, middle, deep = curves[depths[0]], curves[depths[-2]], curves[depths[-1]]
         best, copied = int(deep.argmin()), int(middle.argmin())
         arm.log(
-            drift=drift(middle, deep), best_loss=deep[best], transferred_loss=deep[copied], best_rate=RATES[best],
+            depths=list(curves), drift=drift(middle, deep), best_loss=deep[best], transferred_loss=deep[copied], best_rate=RATES[best],
             regret=deep[copied] / deep[best] if np.isfinite(deep[best]) else float("inf"),
         )  # fmt: skip
         low = max(1, min(int(shallow.argmin()), best))
@@ -149,12 +149,14 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 4)
     names = [a for a in EXPONENTS if a in record.arms]
-    depths = [d for d in (4, 8, 32, 64) if any(record.curves(a, f"depth{d}") for a in names)]
+    own = {a: [int(d) for d in record.mean(a, "depths")] for a in names}
+    depths = sorted({d for o in own.values() for d in o})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(depths)))
     for ax, a in zip(axes.flat, names):
         for depth, colour in zip(depths, colours):
-            if not (curves := record.curves(a, f"depth{depth}")):
+            if depth not in own[a]:
                 continue
+            curves = record.curves(a, f"depth{depth}")
             x, y = curves[0][0], np.array([c[1] for c in curves])
             mean = np.exp(np.log(y).mean(0))
             ax.plot(x, mean, "o-", ms=3, color=colour, label=f"{depth} blocks")
@@ -162,8 +164,9 @@ def figure(record: RecordView, fig: Figure) -> None:
             if mean.min() < 99:
                 ax.plot(x[mean.argmin()], mean.min(), "*", ms=11, color=colour, mec="black", mew=0.5)
         ax.set(title=f"{LABELS[a]}: drift {record.mean(a, 'drift'):.1f} octaves", ylim=(0.1, 3), yscale="log")
-        ax.title.set_fontsize(10)
+        ax.title.set_fontsize(9)
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+        ax.minorticks_off()
     for ax in axes.flat[: len(names)]:
         ax.set_xlabel("log2 learning rate")
     axes[0, 0].legend(fontsize=8)
@@ -173,19 +176,21 @@ def figure(record: RecordView, fig: Figure) -> None:
     distance, loss = axes.flat[6], axes.flat[7]
     palette = dict(zip(EXPONENTS, ("#0072B2", "#56B4E9", "#D55E00", "#000000", "#E69F00", "#009E73")))
     for a in names:
-        if curves := record.curves(a, "distance"):
+        if record.has(a, "diversity"):
+            curves = record.curves(a, "distance")
             x, y = curves[0][0], np.array([c[1] for c in curves])
             distance.plot(x, y.mean(0) / y.mean(0)[-1], "o-", color=palette[a], label=f"{LABELS[a]}: {record.mean(a, 'diversity'):.2f}")
     x = np.asarray(x)
     distance.plot(x, (x / x[-1]) ** 0.5, ":", color="grey", lw=1)
     distance.plot(x, x / x[-1], ":", color="grey", lw=1)
-    distance.set(xscale="log", yscale="log", xlabel="lag, share of the depth", title="distance of features (dots: slopes 1/2 and 1)")
-    distance.title.set_fontsize(9)
-    distance.legend(fontsize=6, title="diversity exponent", title_fontsize=7)
+    distance.set(xscale="log", yscale="log", xlabel="lag, share of the depth", title="distance of features")
+    distance.set_xticks(x, [f"1/{round(1 / v)}" for v in x])
+    distance.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    distance.minorticks_off()
+    distance.legend(fontsize=6, title="diversity exponent (dots: 1/2 and 0)", title_fontsize=7)
     for a in names:
-        at = [d for d in depths if record.curves(a, f"depth{d}")]
-        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in at]
-        loss.plot(at, np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
+        y = [np.mean([c[1].min() for c in record.curves(a, f"depth{d}")]) for d in own[a]]
+        loss.plot(own[a], np.minimum(y, 3), "o-", color=palette[a], label=LABELS[a])
     loss.set(xscale="log", yscale="log", xlabel="blocks", title="loss at the best rate")
     loss.set_xticks(depths, [str(d) for d in depths])
     loss.minorticks_off()

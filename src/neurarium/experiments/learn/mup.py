@@ -63,7 +63,7 @@ def run(trial: Trial) -> None:
         here = int(np.abs(np.log(np.divide(WIDE_RATES, base_rate))).argmin())  # the copied rate
         correct = accuracy(model, {n: p[0] for n, p in params.items()}, test, task.test.y, trial)
         arm.log(
-            base_rate=base_rate, best_rate=WIDE_RATES[best], multiplier=alpha,
+            widths=list(curves), base_rate=base_rate, best_rate=WIDE_RATES[best], multiplier=alpha,
             drift=abs(np.log2(best_rate(WIDE_RATES, curves[widths[-1]]) / best_rate(RATES, curves[widths[0]]))),
             base_loss=curves[widths[0]].min(), best_loss=curves[widths[-1]][best], transferred_loss=curves[widths[-1]][here],
             direct_accuracy=correct[best], transferred_accuracy=correct[here],
@@ -159,7 +159,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 4)
     names = [a for a in ALPHAS if a in record.arms]
-    widths = [w for w in (8, 16, BASE, 4 * BASE, 16 * BASE) if record.curves(names[0], f"width{w}")]
+    widths = [int(w) for w in record.mean(names[0], "widths")]
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(widths)))
     for ax, a in zip(axes[0], names):
         for width, colour in zip(widths, colours):
@@ -173,6 +173,7 @@ def figure(record: RecordView, fig: Figure) -> None:
                 ax.plot(x[np.nanargmin(mean)], np.nanmin(mean), "*", ms=11, color=colour, mec="black", mew=0.5)
         ax.set(title=LABELS[a], xlabel="log2 learning rate", ylim=(0.1, 2.0), yscale="log")
         ax.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+        ax.minorticks_off()
     axes[0, 0].set_ylabel("training loss (stars: best)")
     axes[0, 0].legend(fontsize=7)
     for ax, a in zip(axes[1], [a for a in ("sp", "mup") if a in record.arms]):
@@ -180,7 +181,8 @@ def figure(record: RecordView, fig: Figure) -> None:
             curves = record.curves(a, f"change_{layer}")
             x, y = curves[0][0], np.array([c[1] for c in curves])
             ax.plot(x, y.mean(0), "o-", color=colour, label=f"{layer}: slope {record.values(a, 'slopes')[:, i].mean():.2f}")
-        ax.set(xscale="log", yscale="log", xlabel="width", title=f"{LABELS[a]}: change of activations, 4 steps")
+        ax.set(xscale="log", yscale="log", xlabel="width", ylim=(0.01, 10))
+        ax.set_title(f"{LABELS[a]}: change of outputs, 4 steps", fontsize=10)
         ax.set_xticks(x, [str(int(v)) for v in x])
         ax.minorticks_off()
         ax.legend(fontsize=7)
@@ -203,4 +205,4 @@ def figure(record: RecordView, fig: Figure) -> None:
     drift.axhline(0, color="black", lw=0.8)
     drift.axhspan(-1, 1, color="#009E73", alpha=0.12)
     drift.set_xticks(range(len(names)), labels, rotation=20, ha="right", fontsize=7)
-    drift.set(title="drift of the best rate, 16 times wider", ylabel="octaves, one dot a seed")
+    drift.set(title="drift of the best rate", ylabel="octaves, 16 times wider; one dot a seed")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from neurarium import data
 from neurarium.experiments.learn.depth_mup import Residual, batches, flat, images
 from neurarium.learn.depth import with_depth
 from neurarium.learn.parametrize import mup_, mup_groups
@@ -43,20 +44,11 @@ def run(trial: Trial) -> None:
         rule, optimizer = arm.name.split("_")
         rates = RATES[optimizer] if trial.name == "laptop" else RATES[optimizer][::3]
         curves = {}
-        for size, (width, depth) in SIZES.items():
-            torch.manual_seed(trial.seed)
-            model = Residual(width, depth, "relu").to(trial.device)
-            shapes = infer_shapes(model, 1 if rule == "sp" else width / WIDTH)
-            exponent = 0.5 if rule == "depth" else 0.0  # at the base depth a branch has the factor 1/2 in all arms
-            shapes = with_depth(
-                model, shapes, [f"blocks.{i}.branch" for i in range(depth)], base_depth=DEPTH, block_exponent=exponent,
-                lr_exponent=exponent, multiplier=DEPTH**-0.5,
-            )  # fmt: skip
-            mup_(model, shapes)
-            groups = partial(mup_groups, shapes=shapes, lr=1.0, family=FAMILY[optimizer])
-            losses, _ = sweep([model], groups, rates, batches(train, steps, trial.seed), optimizer=optimizer, momentum=0.9)
-            last = losses[0, :, -LAST:].double().mean(-1).cpu().numpy()
-            curves[size] = np.where(last < 4, last, np.inf)
+        for size in SIZES:  # a network that two rules treat alike is trained once
+            wide, deep = rule != "sp" and size == "wide", rule == "depth" and size == "deep"
+            name = f"{optimizer}_{size}" + "_mup" * wide + "_depth" * deep
+            build = partial(losses, trial, train, size, optimizer, rates, steps, wide=wide, deep=deep)
+            curves[size] = np.asarray(trial.shared(name, build))
             arm.curve(size, x=np.log2(rates), y=np.minimum(curves[size], 4.0))
         copied = int(curves["base"].argmin())
         for size, what in (("wide", "width"), ("deep", "depth")):
@@ -65,6 +57,25 @@ def run(trial: Trial) -> None:
                 f"regret_{what}": min(curves[size][copied], 4.0) / min(curves[size].min(), 4.0),
             })  # fmt: skip
         arm.log(base_rate=rates[copied], loss_base=curves["base"].min())
+
+
+def losses(
+    trial: Trial, train: data.TensorData, size: str, optimizer: str, rates: tuple[float, ...], steps: int, *, wide: bool, deep: bool
+) -> np.ndarray:
+    """Final loss at each rate, of the network of this size, parametrised for its width, its depth, or neither."""
+    width, depth = SIZES[size]
+    torch.manual_seed(trial.seed)
+    model = Residual(width, depth, "relu").to(trial.device)
+    exponent = 0.5 if deep else 0.0  # at the base depth a branch has the factor 1/2 in all arms
+    shapes = with_depth(
+        model, infer_shapes(model, width / WIDTH if wide else 1), [f"blocks.{i}.branch" for i in range(depth)], base_depth=DEPTH,
+        block_exponent=exponent, lr_exponent=exponent, multiplier=DEPTH**-0.5,
+    )  # fmt: skip
+    mup_(model, shapes)
+    groups = partial(mup_groups, shapes=shapes, lr=1.0, family=FAMILY[optimizer])
+    found, _ = sweep([model], groups, rates, batches(train, steps, trial.seed), optimizer=optimizer, momentum=0.9)
+    last = found[0, :, -LAST:].double().mean(-1).cpu().numpy()
+    return np.where(last < 4, last, np.inf)
 
 
 def drift(rates: tuple[float, ...], base: np.ndarray, grown: np.ndarray) -> float:
