@@ -10,6 +10,7 @@ from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity
 from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
+from neurarium.learn.generate import IGPG, TaskConditioner, WeightGPT
 from neurarium.learn.grow import ExpandableCNN, NaturalExpansion, SelfExpanding, insert_identity_conv, natural_expansion_score, widen_conv
 from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
@@ -26,12 +27,15 @@ from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
+from neurarium.learn.weight_tokens import GumbelVQ, WeightTokenizer
 from neurarium.learn.widths import Parametrization, infer_shapes
+from neurarium.learn.zoo import Instruction, ZooNet, model_zoo, train_many
 
 __all__ = [
     "DFA",
     "DPSGD",
     "HGF",
+    "IGPG",
     "OIGBP",
     "OIGHWO",
     "OPU",
@@ -50,10 +54,12 @@ __all__ = [
     "EarlyStopping",
     "ExpandableCNN",
     "ForwardForward",
+    "GumbelVQ",
     "HGFLearner",
     "HGFNetwork",
     "HessianFreeLR",
     "HyperNetwork",
+    "Instruction",
     "Learner",
     "LocalLearner",
     "LocalObjective",
@@ -80,9 +86,13 @@ __all__ = [
     "Recipe",
     "SelfExpanding",
     "Target",
+    "TaskConditioner",
     "TaskEmbedding",
     "TwoLayerMLP",
     "TwoStage",
+    "WeightGPT",
+    "WeightTokenizer",
+    "ZooNet",
     "adapt_structure",
     "as_chain",
     "attention_scale",
@@ -104,6 +114,7 @@ __all__ = [
     "magnitude_probe",
     "matrix_groups",
     "mip",
+    "model_zoo",
     "mup_",
     "mup_groups",
     "natural_expansion_score",
@@ -111,6 +122,7 @@ __all__ = [
     "save_checkpoint",
     "surprise",
     "sweep",
+    "train_many",
     "widen_conv",
     "with_depth",
 ]

@@ -59,19 +59,19 @@ def run(trial: Trial) -> None:
             unseen, lrs = [], rates
             for count in counts:  # the rate found for all tasks serves the smaller numbers of them
                 angles = torch.arange(count, device=trial.device) * 2 * pi / count
-                found, best = rotations(arm.name, train, val, test, angles, lrs, trial.scale(smoke=20, laptop=200), trial.seed)
+                found, best = rotations(arm.name, train, val, test, angles, lrs, trial.scale(smoke=6, laptop=200), trial.seed)
                 unseen.append(found["unseen_accuracy"])
                 if count == TASKS:
                     arm.log(**found)
                     lrs = [best]
             arm.curve("unseen", x=list(counts), y=unseen)
         elif arm.name in CONTINUAL:
-            matrix = continual(arm.name, train, val, test, rates, trial.scale(smoke=4, laptop=100), trial.seed)
+            matrix = continual(arm.name, train, val, test, rates, trial.scale(smoke=2, laptop=100), trial.seed)
             arm.log(accuracy=float(matrix[-1].mean()), learned=float(matrix.diagonal().mean()))
             arm.grid("matrix", matrix)
         else:
             model = {"target": lambda: Plain(mlp()), "chunked": chunked, "noise": Ensemble}[arm.name]().to(trial.device)
-            fit(model, train, val, rates, trial.scale(smoke=30, laptop=400), trial.seed)
+            fit(model, train, val, rates, trial.scale(smoke=8, laptop=400), trial.seed)
             inside, outside = probabilities(model, test.x), probabilities(model, turned(test.x, torch.tensor([pi / 2]))[0])
             arm.log(accuracy=float((inside.argmax(1) == test.y).float().mean()), parameters=meter.parameters(model))
             arm.log(auroc=auroc(entropy(inside), entropy(outside)))
