@@ -23,7 +23,7 @@ def run(trial: Trial) -> None:
         recipe, budget = arm.name.rsplit("_", 1)
         task = trial.shared("images", lambda: images(trial))
         channels = width(recipe, BUDGETS[budget])
-        model, accuracy = fitted(recipe, channels, task, trial, epochs=trial.scale(smoke=1, laptop=3))
+        model, accuracy = fitted(recipe, channels, task, trial, epochs=trial.scale(smoke=1, laptop=2))
         arm.log(accuracy=accuracy, params=meter.parameters(model), channels=channels, bytes=meter.stored_bytes(model))
         arm.log(flops=meter.flops(model.eval(), task.test.x[:1].to(trial.device)))
 

@@ -244,6 +244,8 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     m = record.values("urf", "m")[0]
     left.loglog(m, 0.6 * (m / m[0]) ** -0.5, color="#999999", linewidth=4, alpha=0.5, zorder=0, label="slope -1/2")
     left.set(xlabel="random features m", ylabel="relative error", title="f(w.x) from a dot product of features")
+    left.set_xticks(m[::2], [f"{int(v)}" for v in m[::2]])
+    left.minorticks_off()
     left.legend(fontsize=7)
 
     names = {"dense": "dense", "snnk_relu": "kernel layers, relu", "snnk_cos": "kernel layers, cos", "low_rank": "low rank",

@@ -181,7 +181,7 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
             spread = float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0
             axis.errorbar(x, accuracy.mean(), yerr=spread, fmt="o", color=colours[arm], capsize=3)
             axis.annotate(name, (x, accuracy.mean()), xytext=(6, 3), textcoords="offset points", fontsize=8, color=colours[arm])
-        axis.set(xlabel=label, ylabel="test accuracy (%)", title="MNIST 14x14" if metric == "flops" else "and its memory")
+        axis.set(xlabel=label, ylabel="test accuracy (%)", title="Accuracy and work" if metric == "flops" else "Accuracy and memory")
         axis.margins(x=0.3, y=0.1)
     for axis, arm in zip(axes[2:], ("wavemix3", "cnn")):
         image = axis.imshow(np.asarray(record.grids(arm, "field")[0]), cmap="viridis", vmin=-6, vmax=0)
