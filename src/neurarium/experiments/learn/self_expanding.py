@@ -1,7 +1,7 @@
 """Self-expanding networks on CIFAR-10 pooled to 12x12: one run that grows, against networks of fixed size and growth at random.
 
 ``expanding`` scores by batch gradients (tau 2, the public code), ``sample`` by per-sample gradients (the text; tau 1.05). ``small`` never
-grows. ``final`` has the architecture that ``expanding`` ended with, from scratch, for as many FLOPs as the growing took, decisions included.
+grows. ``final`` has the architecture that ``expanding`` ended with, from scratch, for as many FLOPs as the growing took, with decisions.
 ``random`` grows in the same epochs, at a random place. Learning rate: 2e-3 as in the paper, halved half-way, for all.
 """
 
