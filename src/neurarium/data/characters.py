@@ -37,7 +37,8 @@ def baybayin(*, train: int | None = None, test: int | None = None, size: int | N
     rows = [r[torch.randperm(len(r), generator=generator(seed, k))] for k, r in enumerate(rows)]
     cuts = [max(1, round(_SHARE * len(r))) for r in rows]
     parts = [torch.cat([r[n:] for r, n in zip(rows, cuts)]), torch.cat([r[:n] for r, n in zip(rows, cuts)])]
-    parts = [p[torch.randperm(len(p), generator=generator(seed))].numpy() for p in parts]
+    order = [p[torch.randperm(len(p), generator=generator(seed))].numpy() for p in parts]
     note = "a seeded split of the published test file, which contains the training file"
     images = x[:, None]
-    return ImageTask("baybayin", *(_prepare(images[p], y[p], n, size, seed) for p, n in zip(parts, (train, test))), len(names), note)
+    first, second = (_prepare(images[p], y[p], n, size, seed) for p, n in zip(order, (train, test)))
+    return ImageTask("baybayin", first, second, len(names), note)
