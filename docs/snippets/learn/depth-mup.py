@@ -6,21 +6,14 @@ from torch import nn
 from neurarium.learn import MeanSubtraction, MuAdam, depth_mup_, infer_shapes
 
 
-class Network(nn.Module):
-    def __init__(self, depth, width=64):
-        super().__init__()
-        self.stem, self.head = nn.Linear(20, width), nn.Linear(width, 3)
-        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU(), MeanSubtraction()) for _ in range(depth))
-
+class Residual(nn.Sequential):
     def forward(self, x):
-        x = self.stem(x)
-        for branch in self.branches:
-            x = x + branch(x)
-        return self.head(x)
+        return x + super().forward(x)
 
 
-model = Network(depth=32)
-shapes = depth_mup_(model, infer_shapes(model), [f"branches.{i}" for i in range(32)], base_depth=2)
+blocks = [Residual(nn.Linear(64, 64), nn.ReLU(), MeanSubtraction()) for _ in range(32)]
+model = nn.Sequential(nn.Linear(20, 64), *blocks, nn.Linear(64, 3))
+shapes = depth_mup_(model, infer_shapes(model), [str(i) for i in range(1, 33)], base_depth=2)
 optimizer = MuAdam(model, shapes, lr=1e-2)  # best at depth 2; the branches' weights now learn at a quarter of it
 for _ in range(5):
     optimizer.zero_grad()

@@ -17,7 +17,6 @@ def make() -> nn.Module:
 
 recipe = balance_search(make, batches, watched, steps=30, momenta=(0.97, 0.9), decays=(1e-2, 1e-3, 0.0))
 print(f"peak {recipe.max_lr:.2g}, momentum {recipe.momentum}, weight decay {recipe.weight_decay:g}, found in {recipe.steps} steps")
-model = make()
-history = recipe.learner(6 * len(batches)).fit(model, batches, epochs=6, val=watched)
+history = recipe.learner(6 * len(batches)).fit(model := make(), batches, epochs=6, val=watched)
 print(clues([e["loss"] for e in history.train], [e["loss"] for e in history.val]).advice)
 print(evaluate(model, task.test.batches(256, shuffle=False)))
