@@ -1,9 +1,9 @@
 """Networks written code by code: a zoo of small classifiers of 8x8 digits, and what can be drawn from it.
 
 The zoo has three architectures, three tasks (digits upright, turned, or with exchanged labels) and four families of initialisations; a
-fourth task is held out. Within a task the families are different solutions, so codes drawn place by place do not fit
-together. Baselines: the same codes drawn independently at each place, the same prior without the task, the task's mean weights, a network
-of the zoo plus noise (it only remembers), a random initialisation.
+fourth task is held out. Within a task the families are different solutions, so codes drawn place by place do not fit together.
+Baselines: the same codes drawn independently at each place, the same prior without the task, the task's mean weights, a network of the
+zoo plus noise (it only remembers), a random initialisation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 CHUNK, CODES, TOKENS, NOISE, TEMPERATURE = 64, 768, 1, 0.02, 0.7
-RATES, FINE = (3e-3, 1e-2), (0, 3, 6, 12, 24, 45)  # 45 steps of 32 images are one epoch
+RATES, FINE = (3e-3, 1e-2, 3e-2, 1e-1), (0, 3, 6, 12, 24, 45)  # 45 steps of 32 images are one epoch
 ARCHITECTURES = {
     "mlp 64 4 10": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10)),
     "mlp 64 16 10": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)),
@@ -199,7 +199,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     for a in ("igpg", "task_mean", "random_init"):
         curves = record.curves(a, "held_out")
         y = 100 * np.array([c[1] for c in curves])
-        tuning.errorbar(curves[0][0], y.mean(0), y.std(0), marker="o", capsize=3, color=COLOURS[a], label=LABELS[a])
+        name = "mean of the zoo" if a == "task_mean" else LABELS[a]
+        tuning.errorbar(curves[0][0], y.mean(0), y.std(0), marker="o", capsize=3, color=COLOURS[a], label=name)
     tuning.set(xlabel="steps of 32 images (45 are one epoch)", ylabel="test accuracy (%)", title="A task that the zoo does not hold")
     tuning.legend(fontsize=8)
     for ax in (scatter, tuning):
