@@ -49,9 +49,10 @@ def run(trial: Trial) -> None:
     tasks = digits(trial.seed)
     known = {name: t for name, t in tasks.items() if name != HELD_OUT}
     nets = trial.scale(smoke=1, laptop=8)
-    zoo = trial.shared("zoo", lambda: model_zoo(makers(trial), known, nets=nets, steps=trial.scale(smoke=15, laptop=250), seed=trial.seed))
+    zoo = trial.shared("zoo", lambda: model_zoo(makers(trial), known, nets=nets, steps=trial.scale(smoke=5, laptop=250), seed=trial.seed))
     model, losses = trial.shared("igpg", lambda: fitted(zoo, tasks, trial))
     cells = [Instruction(task, a) for a in makers(trial) for task in known]
+    rates = trial.scale(smoke=RATES[:1], laptop=RATES)
     count, generator = trial.scale(smoke=2, laptop=8), torch.Generator().manual_seed(trial.seed)
 
     for arm in trial.arms(*ARMS):
@@ -73,7 +74,7 @@ def run(trial: Trial) -> None:
         if arm.name in ("igpg", "random_init", "task_mean"):
             asked = [Instruction(HELD_OUT, a) for a in makers(trial)]
             starts = {c: draw(arm.name, source, zoo, c, count, generator) for c in asked}
-            fine = np.mean([fine_tuned(c, starts[c], tasks[HELD_OUT], trial.seed) for c in asked], axis=0)
+            fine = np.mean([fine_tuned(c, starts[c], tasks[HELD_OUT], rates, trial.seed) for c in asked], axis=0)
             arm.log(held_out=fine[0], held_out_epoch=fine[-1])
             arm.curve("held_out", x=list(FINE), y=fine)
 
@@ -169,10 +170,10 @@ def used(model: IGPG, zoo: list[ZooNet]) -> float:
     return float((-(p * p.log()).sum()).exp())
 
 
-def fine_tuned(cell: Instruction, states: list, task: tuple, seed: int) -> list[float]:
+def fine_tuned(cell: Instruction, states: list, task: tuple, rates: tuple, seed: int) -> list[float]:
     """Test accuracy after each number of steps in FINE, at the rate that fits the training images best after the last."""
     module, best = ARCHITECTURES[cell.architecture](), (-1.0, [])
-    for lr in RATES:
+    for lr in rates:
         runs = [states if not s else train_many(module, states, [task[0]] * len(states), steps=s, lr=lr, seed=seed) for s in FINE]
         fit = accuracies(module, runs[-1], task[0]).mean().item()
         best = max(best, (fit, [accuracies(module, r, task[1]).mean().item() for r in runs]), key=lambda b: b[0])
