@@ -118,6 +118,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     fig.set_layout_engine("constrained")
     axes = fig.subplots(2, 3)
     colours = dict(zip(SCHEDULES, ("#999999", "#E69F00", "#0072B2", "#D55E00")))
+    lowest = TARGET
     table, when = np.full((4, 4), np.nan), np.full((4, 4), np.nan)
     for i, (optimizer, ax) in enumerate(zip(OPTIMIZERS, (axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1]))):
         for j, schedule in enumerate(SCHEDULES):
@@ -127,10 +128,13 @@ def figure(record: RecordView, fig: Figure) -> None:
             table[i, j], when[i, j] = record.mean(arm, "loss"), record.mean(arm, "reached_at")
             curves = [np.asarray(y) for _, y in record.curves(arm, "loss")] if record.has(arm, "suggestion") else []
             if curves:
-                ax.plot(np.mean(curves, 0), color=colours[schedule], label=LABELS[schedule])
+                mean = np.mean(curves, 0)
+                lowest = min(lowest, float(mean.min()))
+                ax.plot(10 + np.arange(len(mean)), mean, color=colours[schedule], label=LABELS[schedule])
         ax.axhline(TARGET, color="k", lw=0.7, ls=":")
         ax.set(title=LABELS[optimizer], xlabel="step", ylabel="training loss (nats)")
-        ax.sharey(axes[0, 0])
+    for ax in (axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1]):
+        ax.set_ylim(lowest - 0.05, lowest + 1.2)
     axes[0, 0].legend(fontsize=8)
     pictures = (axes[0, 2], table, "test loss (nats)", "{:.3f}"), (axes[1, 2], when, f"steps to a loss of {TARGET}", "{:.0f}")
     for ax, values, title, form in pictures:
