@@ -9,7 +9,9 @@ from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradien
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.photonic import OPU
+from neurarium.learn.physical import PhysicalChain, PhysicalForwardForward, PhysicalLayer, PhysicsAware, fit_twin
 from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
+from neurarium.learn.scattering import Metasurface, RandomScattering
 
 __all__ = [
     "DFA",
@@ -25,14 +27,21 @@ __all__ = [
     "Learner",
     "LocalLearner",
     "LocalObjective",
+    "Metasurface",
     "MonoForward",
     "Muon",
+    "PhysicalChain",
+    "PhysicalForwardForward",
+    "PhysicalLayer",
+    "PhysicsAware",
     "PrivateDFA",
     "RandomFeedback",
+    "RandomScattering",
     "Readout",
     "as_chain",
     "epsilon",
     "evaluate",
+    "fit_twin",
     "gradient_alignment",
     "load_checkpoint",
     "matrix_groups",
