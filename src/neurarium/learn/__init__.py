@@ -21,9 +21,11 @@ from neurarium.learn.noprop import NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
 from neurarium.learn.photonic import OPU
+from neurarium.learn.physical import PhysicalChain, PhysicalForwardForward, PhysicalLayer, PhysicsAware, fit_twin
 from neurarium.learn.predictive import HGF, HGFLearner, HGFNetwork, adapt_structure, surprise
 from neurarium.learn.predictive_coding import PredictiveCoding, PredictiveCodingMLP
 from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
+from neurarium.learn.scattering import Metasurface, RandomScattering
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
@@ -64,6 +66,7 @@ __all__ = [
     "LocalLearner",
     "LocalObjective",
     "MeanSubtraction",
+    "Metasurface",
     "MonoForward",
     "MuAdam",
     "MuSGD",
@@ -77,10 +80,15 @@ __all__ = [
     "OneCycle",
     "OutputPenalty",
     "Parametrization",
+    "PhysicalChain",
+    "PhysicalForwardForward",
+    "PhysicalLayer",
+    "PhysicsAware",
     "PredictiveCoding",
     "PredictiveCodingMLP",
     "PrivateDFA",
     "RandomFeedback",
+    "RandomScattering",
     "RangeTest",
     "Readout",
     "Recipe",
@@ -105,6 +113,7 @@ __all__ = [
     "epsilon",
     "evaluate",
     "feature_diversity",
+    "fit_twin",
     "gradient_alignment",
     "infer_shapes",
     "insert_identity_conv",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, log
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -142,12 +142,10 @@ class Audit:
         """
         d = float(torch.stack(self.gaps).sum(0).max()) / sigma**2
         ratio = d**0.5 * torch.randn(2, draws) + torch.tensor([[d / 2], [-d / 2]])
-        best = 0.0
-        for threshold in ratio[0].quantile(torch.linspace(0.01, 0.99, 50)).tolist():
-            hits, false = (int((r > threshold).sum()) for r in ratio)
-            tpr, fpr = beta.ppf(1e-3, hits, draws - hits + 1), beta.ppf(1 - 1e-3, false + 1, draws - false)
-            best = max(best, log(max(tpr - DELTA, 1e-12) / fpr))
-        return best
+        thresholds = ratio[0].quantile(torch.linspace(0.01, 0.99, 50))
+        hits, false = ((r[:, None] > thresholds).sum(0).numpy() for r in ratio)
+        true_rate, false_rate = beta.ppf(1e-3, hits, draws - hits + 1), beta.ppf(1 - 1e-3, false + 1, draws - false)
+        return float(np.log(np.maximum(true_rate - DELTA, 1e-12) / false_rate).clip(0).max())
 
 
 def images(trial: Trial) -> data.ImageTask:
