@@ -5,6 +5,7 @@ from neurarium.learn.chain import Chain, as_chain
 from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
+from neurarium.learn.graph_forward import GraphForward, GraphLayers
 from neurarium.learn.local import LocalLearner, LocalObjective, Readout, gradient_alignment
 from neurarium.learn.mono_forward import MonoForward
 from neurarium.learn.noprop import NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
@@ -19,6 +20,8 @@ __all__ = [
     "Diverged",
     "EarlyStopping",
     "ForwardForward",
+    "GraphForward",
+    "GraphLayers",
     "Learner",
     "LocalLearner",
     "LocalObjective",
