@@ -180,5 +180,6 @@ def figure(record: RecordView, fig: Figure) -> None:
     values = [record.mean(a, "saved_bytes") / 2**20 for a in shown]
     bars = memory.bar(range(len(shown)), values, color=[colours[a] for a in shown])
     memory.bar_label(bars, [f"{record.mean(a, 'passes'):.0f} pass" + "es" * (record.mean(a, "passes") > 1) for a in shown], fontsize=8)
-    memory.set_xticks(range(len(shown)), [LABELS[a].replace(", ", ",\n").replace(" in ", "\nin ") for a in shown], fontsize=7)
+    short = {"bp": "back-\npropagation", "sf": "single\nforward", "ff_label": "FF, label\nin features", "ff_virtual": "FF, virtual\nnodes"}
+    memory.set_xticks(range(len(shown)), [short[a] for a in shown], fontsize=7)
     memory.set(ylabel="kept for the backward pass (MiB)", title="a step of three layers")
