@@ -11,6 +11,7 @@ from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.generate import IGPG, TaskConditioner, WeightGPT
+from neurarium.learn.graph_forward import GraphForward, GraphLayers
 from neurarium.learn.grow import ExpandableCNN, NaturalExpansion, SelfExpanding, insert_identity_conv, natural_expansion_score, widen_conv
 from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
@@ -56,6 +57,8 @@ __all__ = [
     "EarlyStopping",
     "ExpandableCNN",
     "ForwardForward",
+    "GraphForward",
+    "GraphLayers",
     "GumbelVQ",
     "HGFLearner",
     "HGFNetwork",
