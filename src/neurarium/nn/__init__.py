@@ -7,6 +7,17 @@ once: put the layer into an existing model (:mod:`.replace`), keep the scale of 
 """
 
 from neurarium.nn.autograd import assert_gradients, exact_function
+from neurarium.nn.entropy import (
+    EntropyAttention,
+    EntropyNet,
+    RangeEntropy,
+    attention_calls,
+    attention_range_entropy,
+    halfspace_entropy,
+    range_entropy_attention,
+    soft_entropy,
+)
+from neurarium.nn.hull import instance_optimal_hull
 from neurarium.nn.hyperbolic import (
     PMLR,
     PBatchNorm,
@@ -35,6 +46,15 @@ from neurarium.nn.replace import Replaced, ReplaceReport, Rule, Skipped, replace
 from neurarium.nn.signal import Signal, SignalReport, gain_, signal_report
 
 __all__ = [
+    "instance_optimal_hull",
+    "soft_entropy",
+    "range_entropy_attention",
+    "halfspace_entropy",
+    "attention_range_entropy",
+    "attention_calls",
+    "RangeEntropy",
+    "EntropyNet",
+    "EntropyAttention",
     "frechet_mean",
     "hyperbolic",
     "PoincareResNet",

@@ -8,8 +8,9 @@ ranges, the entropy of the mean assignment is a smooth stand-in:
     p_ij = product of sigmoid(+-(w.x_i - b)/tau) from the root of a binary tree of halfspaces to the leaf j              (halfspaces)
 
 :class:`EntropyNet` moves points a little so that H falls while the set stays what it is (Chamfer distance). The same penalty on the mass
-that attention puts on ranges of keys, ``P_qj = sum_t A_qt s_tj``, asks every query for few ranges, not for few keys: within a range attention may
-stay as broad as it likes, and what lies outside can be cut away. :func:`range_entropy_attention` puts it into your own transformer.
+that attention puts on ranges of keys, ``P_qj = sum_t A_qt s_tj``, asks every query for few ranges, not for few keys: within a range
+attention may stay as broad as it likes, and what lies outside can be cut away. :func:`range_entropy_attention` puts it into your own
+transformer.
 
 *Source*: "Differentiable Entropy Regularization for Geometry and Neural Networks" (2025).
 
@@ -106,21 +107,34 @@ def _entropy_of_mean(logs: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def cover(x: Tensor, radius: float) -> Tensor:
-    """Rows of x (n, d) such that every row is within ``radius`` of one: greedily those that cover most of what is not covered yet."""
-    near = torch.cdist(x, x) <= radius
-    left, chosen = torch.ones(len(x), dtype=torch.bool, device=x.device), []
+    """Anchors for points x (n, d): means of groups that each fit into a ball of ``radius``; greedily, the ball that holds most of the rest.
+
+    Candidate balls are centred at the points, at the middles of pairs and, in the plane, pass through pairs: n^2 of them, for small sets.
+    """
+    _check_points(x, x.shape[-1])
+    if not radius >= 0:
+        raise BadInput(f"the radius must not be negative, got {radius}")
+    i, j = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    half = (x[j] - x[i]) / 2
+    centres = [x, x[i] + half]
+    if x.shape[1] == 2:
+        square = half.square().sum(1, keepdim=True)
+        across = torch.stack([-half[:, 1], half[:, 0]], 1) * ((radius**2 - square).clamp_min(0) / square.clamp_min(1e-30)).sqrt()
+        centres += [x[i] + half + across, x[i] + half - across]
+    near = torch.cdist(torch.cat(centres), x) <= radius * (1 + 1e-5)
+    left, anchors = torch.ones(len(x), dtype=torch.bool, device=x.device), []
     while left.any():
-        best = int((near & left).sum(1).argmax())
-        chosen.append(best)
-        left &= ~near[best]
-    return x[chosen]
+        group = near[(near & left).sum(1).argmax()] & left
+        anchors.append(x[group].mean(0))
+        left &= ~group
+    return torch.stack(anchors)
 
 
 class RangeEntropy(nn.Module):
     """The entropy of points over ``ranges`` learned ranges, as a module: ``(..., n, dim) -> (...)``.
 
-    ``family``: ``"ball"`` (anchors, sharpness ``alpha``) or ``"halfspace"`` (a tree of planes, softness ``1/alpha``). ``learn_ranges=False``
-    holds them fixed. They start from standard normal draws; :meth:`refit` places anchors on given points.
+    ``family``: ``"ball"`` (anchors, sharpness ``alpha``) or ``"halfspace"`` (a tree of planes, softness ``1/alpha``).
+    ``learn_ranges=False`` holds them fixed. They start from standard normal draws; :meth:`refit` places anchors on given points.
     """
 
     def __init__(
@@ -173,7 +187,8 @@ class RangeEntropy(nn.Module):
 class EntropyNet(nn.Module):
     """Points in, points out (..., n, dim): every point moves by at most ``max_shift`` a coordinate, knowing itself and the whole set.
 
-    A point network of ``layers`` hidden layers shared by all points, the maximum over points as context, and a head. It starts as the identity.
+    A point network of ``layers`` hidden layers shared by all points, the maximum over points as context, and a head. It starts near the
+    identity.
     """
 
     def __init__(self, dim: int = 2, hidden: int = 64, layers: int = 2, ranges: int = 16, max_shift: float = 0.02) -> None:
@@ -194,7 +209,7 @@ class EntropyNet(nn.Module):
         return x + self.max_shift * torch.tanh(self.head(torch.cat([own, context], -1)))
 
     def loss(self, x: Tensor, strength: float) -> Tensor:
-        """Chamfer distance in units of the largest shift's square, plus ``strength`` times the entropy of the moved points; mean over sets."""
+        """Chamfer distance in units of the squared largest shift, plus ``strength`` times the moved points' entropy; mean over sets."""
         moved = self(x)
         return (chamfer(x, moved) / self.max_shift**2 + strength * self.entropy(moved)).mean()
 
@@ -267,8 +282,8 @@ def attention_calls() -> Iterator[list[AttentionCall]]:
 class EntropyAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with the same weights and the same function, which shows what it does to :func:`attention_calls`.
 
-    ``size``: ranges are consecutive positions of that many; ``ranges``: learned balls on the keys of each head instead. ``keep`` below 1 cuts
-    all but the largest share of every row's weights and rescales the rest: set it on a trained model.
+    ``size``: ranges are consecutive positions of that many; ``ranges``: learned balls on the keys of each head instead. ``keep`` below 1
+    cuts all but the largest share of every row's weights and rescales the rest: set it on a trained model.
     """
 
     def __init__(
@@ -283,7 +298,7 @@ class EntropyAttention(nn.MultiheadAttention):
     def ranges_of(self, keys: Tensor) -> RangeEntropy | Tensor:
         return self.entropy if self.entropy is not None else segments(keys.shape[-2], self.size)
 
-    def forward(  # noqa: PLR0913 (the signature is that of nn.MultiheadAttention)
+    def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
         attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -338,9 +353,7 @@ def _largest(weights: Tensor, keep: float) -> Tensor:
     return torch.zeros_like(weights).scatter(-1, where, values / values.sum(-1, keepdim=True))
 
 
-def range_entropy_attention(
-    *, size: int = 8, ranges: int | None = None, alpha: float = 1.0, init: Literal["fit", "fresh"] = "fit"
-) -> Rule:
+def range_entropy_attention(*, size: int = 8, ranges: int | None = None, alpha: float = 1.0, init: Literal["fit", "fresh"] = "fit") -> Rule:
     """The rule for :func:`neurarium.nn.replace.replace_layers` that makes every ``nn.MultiheadAttention`` an :class:`EntropyAttention`.
 
     ``init="fit"`` (default) copies the weights, so the model computes what it did before. Kept, with the reason in the report: layers
@@ -360,5 +373,3 @@ def range_entropy_attention(
         )  # fmt: skip
 
     return Rule(nn.MultiheadAttention, build, init)
-
-

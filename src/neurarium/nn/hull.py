@@ -1,17 +1,17 @@
 """A convex hull whose cost adapts to its input, and which counts its work.
 
-Marriage before conquest: to build the upper hull between two known vertices, find the hull's edge above the median abscissa first, then only
-what lies above the lines to its two ends needs to be looked at again, on either side. Points below are dropped for good, wherever they are, so that
-a set whose points mostly lie under few edges costs little more than one pass: O(n (1 + H)), with H the entropy of the smallest
-partition into triangles under the hull. The edge is found by climbing: of the points above the present edge the farthest one
+Marriage before conquest: to build the upper hull between two known vertices, find the hull's edge above the median abscissa first; then
+only what lies above the lines to its two ends needs to be looked at again, on either side. Points below are dropped for good, wherever
+they are, so that a set whose points mostly lie under few edges costs little more than one pass: O(n (1 + H)), with H the entropy of the
+smallest partition into triangles under the hull. The edge is found by climbing: of the points above the present edge the farthest one
 replaces the end on its side.
 
 *Source*: Kirkpatrick and Seidel, "The ultimate planar convex hull algorithm" (1986), in the instance-optimal form of Afshani, Barbay
 and Chan (2009).
 
-*Departures*: the climbing in place of the linear-time prune-and-search (fewer tests in practice, no worst-case bound). With a ``partition``,
-a cell whose bounding box lies strictly inside the quadrilateral of the four extreme points is dropped as a whole after a few tests:
-the result stays exact whatever the partition is.
+*Departures*: the climbing in place of the linear-time prune-and-search (fewer tests in practice, no worst-case bound). With a
+``partition``, a cell whose bounding box lies strictly inside the quadrilateral of the four extreme points is dropped as a whole after a
+few tests: the result stays exact whatever the partition is.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def instance_optimal_hull(points: Tensor | Array, partition: Tensor | Array | No
 
 
 def _ring(p: Array, upper: list[int], lower: list[int]) -> list[int]:
-    """Both chains, of which each runs from right to left in the other's plane, as one cycle without repeated places."""
+    """Both chains (the lower one runs right to left, since its plane is turned) as one cycle without repeated places."""
     ring: list[int] = []
     for i in [*lower[::-1], *upper[::-1]]:
         if not any(np.array_equal(p[i], p[j]) for j in (ring[-1:] + ring[:1])):
@@ -135,6 +135,8 @@ def _uncertified(p: Array, labels: Array, work: Work) -> Array:
     box = np.stack([low, np.stack([high[:, 0], low[:, 1]], 1), high, np.stack([low[:, 0], high[:, 1]], 1)], 1)  # (cells, 4, 2)
     inner = np.ones(count, dtype=bool)
     for a, b in zip(corners, corners[1:] + corners[:1]):
+        if a == b:  # one point is extreme in two directions
+            continue
         (ax, ay), (bx, by) = p[a], p[b]
         work.orientation_tests += box.shape[0] * 4
         inner &= ((bx - ax) * (box[..., 1] - ay) - (by - ay) * (box[..., 0] - ax) > 0).all(1)
