@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.feedback import DFA
@@ -72,7 +71,7 @@ class Parts:
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(512, 10_000), test=(300, 5000), standardise=True)
     train, test = task.train.to(trial.device), task.test.to(trial.device)
     budget, width = trial.scale(smoke=(0.02, 16), laptop=(2.5, 256))
     shown, watched = test.batches(1000, shuffle=False), data.TensorData(*test[:1000]).batches(1000, shuffle=False)
@@ -107,22 +106,6 @@ def run(trial: Trial) -> None:
         alignment = hidden_alignment(asked, model, train[:256], trial.seed)
         if isfinite(alignment):
             arm.log(alignment=alignment)
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """Standardised MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        task = data.images(
-            "mnist", train=trial.scale(smoke=512, laptop=10_000), test=trial.scale(smoke=300, laptop=5000), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=512, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        task = replace(task, train=framed[0], test=framed[1])
-    mean, std = task.train.x.mean(), task.train.x.std()
-    whitened = [data.TensorData((part.x - mean) / std, part.y) for part in (task.train, task.test)]
-    return replace(task, train=whitened[0], test=whitened[1])
 
 
 def net(name: str, width: int, train: data.TensorData) -> nn.Module:

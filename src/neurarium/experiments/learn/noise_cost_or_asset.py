@@ -1,7 +1,7 @@
 """One noise, four meanings: it disturbs exact feedback, comes free with an optical one, buys privacy for labels, and is what DP-SGD adds.
 
 All rules train one network on one set of images with the same number of steps; each has two learning rates and the one that is better on
-the validation part counts. ``sigma`` is the noise on each number that is fed back. DP-SGD gets the noise that gives a label the same epsilon.
+the validation part counts. ``sigma``: noise on each number that is fed back. DP-SGD gets the noise that gives a label the same epsilon.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch.optim import SGD
 
 from neurarium import data
-from neurarium.experiments.learn.photonic_dp import BATCH, DELTA, images, mlp
+from neurarium.experiments.images import images
+from neurarium.experiments.learn.photonic_dp import BATCH, DELTA, mlp
 from neurarium.learn.feedback import DFA
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.learn.photonic import OPU
@@ -48,7 +49,7 @@ def rule_of(kind: str, sigma: float):
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(256, 4000), test=(200, None))
     test = task.test.to(trial.device).batches(1000, shuffle=False)
     val, train = task.train.to(trial.device).split(len(task.train) // 5, seed=trial.seed)
     train = data.TensorData(*train[:2000])

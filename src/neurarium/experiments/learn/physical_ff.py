@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.fit import evaluate
 from neurarium.learn.physical import PhysicalChain, PhysicalForwardForward, PhysicalLayer, PhysicsAware, fit_twin
 from neurarium.learn.scattering import RandomScattering
@@ -47,7 +46,7 @@ class SquareChain(PhysicalChain):
 
 
 def run(trial: Trial) -> None:
-    train, val, test = images(trial)
+    train, val, test = parts_of(trial)
     some = [(x[:500], y[:500]) for x, y in test][:1]  # enough for a curve
     epochs, after = trial.scale(smoke=(2, 1), laptop=(30, 20))
     pairs = trial.scale(smoke={"good": 200, "poor": 50}, laptop={"good": 10_000, "poor": 500})
@@ -89,14 +88,9 @@ def run(trial: Trial) -> None:
             arm.curve("accuracy", x=list(range(1, len(curve) + 1)), y=curve)
 
 
-def images(trial: Trial):
-    """MNIST at 8x8 as vectors; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    sizes = trial.scale(smoke=(128, 32, 100), laptop=(1000, 500, 2000))
-    try:
-        task = data.images("mnist", train=sizes[0] + sizes[1], test=sizes[2], size=8, seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=160, laptop=None), seed=trial.seed)
+def parts_of(trial: Trial):
+    """MNIST at 8x8 as vectors, to train, to choose and to test on."""
+    task = images(trial, train=(160, 1500), test=(100, 2000), size=8)
     val, train = task.train.to(trial.device).split(len(task.train) // 3, seed=trial.seed)
     return train, val.batches(1000, shuffle=False), task.test.to(trial.device).batches(1000, shuffle=False)
 

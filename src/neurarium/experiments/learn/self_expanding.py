@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
-from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium import meter
+from neurarium.experiments.images import images
 from neurarium.learn.fit import evaluate
 from neurarium.learn.grow import Candidate, ExpandableCNN, SelfExpanding
 
@@ -68,7 +68,8 @@ class Plain(SelfExpanding):
 
 
 def run(trial: Trial) -> None:
-    train, test = images(trial)
+    task = images(trial, "cifar10", train=(256, 2500), test=(128, 2000), size=12, standardise=True)
+    train, test = task.train.to(trial.device), task.test.to(trial.device)
     epochs, cooldown = trial.scale(smoke=(2, 1), laptop=(15, 2))
     batches, held = train.batches(BATCH, seed=trial.seed), test.batches(1000, shuffle=False)
     per_epoch = len(batches)
@@ -150,19 +151,6 @@ def jump(model: nn.Module, held: Any, example: torch.Tensor) -> float:
         candidate.apply(grown, example, 1e-3)
         largest = max(largest, abs(evaluate(grown, held)["accuracy"] - before))
     return largest
-
-
-def images(trial: Trial) -> tuple[data.TensorData, data.TensorData]:
-    try:
-        task = data.images(
-            "cifar10", train=trial.scale(smoke=256, laptop=2500), test=trial.scale(smoke=128, laptop=2000), size=12, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8) instead of CIFAR-10, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=256, laptop=None), seed=trial.seed)
-    mean, std = (getattr(task.train.x, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
-    train, test = (data.TensorData((part.x - mean) / std, part.y).to(trial.device) for part in (task.train, task.test))
-    return train, test
 
 
 def figure(record: RecordView, fig: Figure) -> None:

@@ -2,8 +2,8 @@
 
 ``ball_*``: 50 sets of 9 points; the exact entropy over all partitions into pieces that fit into a disc, against the surrogate at four
 sharpnesses (alpha times the squared radius), and with four random anchors. Hull arms: 20,000 points of six families, work in
-orientation tests, geometric mean over the families: ``raw``; ``entropynet`` (points moved by the trained net), ``jitter`` (every point moved as far at random), ``thin`` (a random
-subset, the smallest of a halving sequence whose area error is within the net's), ``certified`` (raw points, the net's ranges only
+orientation tests, geometric mean over the families: ``raw``; ``entropynet`` (points moved by the trained net), ``jitter`` (every
+point moved as far at random), ``thin`` (a random subset, the smallest of a halving sequence whose area error is within the net's), ``certified`` (raw points, the net's ranges only
 to drop inner cells: exact). The net is trained on sets of 400 points of all families, at the largest strength of a grid whose area error
 on validation sets is at most 0.002.
 

@@ -12,7 +12,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.nn.hypercomplex import hypercomplex
 from neurarium.nn.kernel_layer import KernelConv2d
@@ -34,6 +33,8 @@ RECIPES = {
     "grouped": (4, 3e-2, "grouped"),
     "kernel": (1, 3e-2, "depthwise + kernel 1x1"),
 }
+#: how many images to train and to test on, at the scales smoke and laptop
+IMAGES = {"train": (128, 3000), "test": (200, 3000)}
 COLOURS = {
     "dense": "#000000", "ph2": "#9ecae1", "ph3": "#6baed6", "ph4": "#3182bd", "ph8": "#08519c",
     "wave": "#009E73", "low_rank": "#999999", "grouped": "#E69F00", "kernel": "#CC79A7",
@@ -65,7 +66,7 @@ class Block(nn.Module):
 
 
 def rule(recipe: str) -> Rule | None:
-    """What takes the place of a 3x3 convolution. Low rank: a quarter of the channels. Kernel: depthwise, then a 1x1 kernel layer, m = half."""
+    """What takes the place of a 3x3 convolution. Low rank: a quarter of the channels; kernel: depthwise, then a 1x1 kernel layer, half."""
     if recipe == "dense":
         return None
     if recipe.startswith("ph"):
@@ -104,16 +105,6 @@ def width(recipe: str, budget: int) -> int:
         while meter.parameters(build(recipe, channels + step)) <= budget:
             channels += step
     return channels
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    sizes = trial.scale(smoke=(128, 200), laptop=(3000, 3000))
-    try:
-        return data.images("mnist", train=sizes[0], test=sizes[1], size=14, seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 enlarged to 14x14) instead of MNIST, which is not here")
-        return data.images("digits", size=14, seed=trial.seed)
 
 
 def fitted(recipe: str, channels: int, task: data.ImageTask, trial: Trial, epochs: int, lr: float | None = None) -> tuple[nn.Module, float]:
