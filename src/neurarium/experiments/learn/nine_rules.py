@@ -75,7 +75,7 @@ def run(trial: Trial) -> None:
 
         closed = arm.name == "cafo"
         began = time.perf_counter()
-        history = rule.fit(model, batches, epochs=1 if closed else passes, seed=trial.seed, callbacks=[] if closed else [watch])
+        rule.fit(model, batches, epochs=1 if closed else passes, seed=trial.seed, callbacks=[] if closed else [watch])
         if closed:
             moments.append(time.perf_counter() - began)
             found.append(evaluate(rule.predictor(model), watched)["accuracy"])
@@ -88,7 +88,7 @@ def run(trial: Trial) -> None:
             arm.log_timed(accuracy_by_then=float(np.interp(limit, moments, found)))
         arm.curve("by_pass", x=np.arange(len(found)), y=found)
         arm.curve("by_seconds", x=moments, y=found, timed=True)
-        arm.log(flops=closed_form(start, train) if closed else history.steps * flops_of_a_step(rule, start, train))
+        arm.log(flops=closed_form(start, train) if closed else passes * len(batches) * flops_of_a_batch(rule, start, train))
         arm.log(saved_bytes=saved_bytes(rule, start, train), parameters=meter.parameters(start))
         if not closed:  # the random blocks of Cascaded Forward do not move
             asked = replace(rule, feedback=rule.trained(model).feedback) if arm.name == "ccl" else rule
@@ -117,8 +117,8 @@ def hidden_alignment(rule, model: nn.Module, batch, seed: int) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def flops_of_a_step(rule, start: nn.Module, train: data.TensorData) -> float:
-    """Two steps less one, so that what a fit does before its first step does not count."""
+def flops_of_a_batch(rule, start: nn.Module, train: data.TensorData) -> float:
+    """Two batches less one, so that what a fit does before its first step does not count; all blocks of NoProp see each."""
     batch = train[:BATCH]
 
     def count(n: int) -> int:
