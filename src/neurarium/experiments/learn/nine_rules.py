@@ -189,6 +189,7 @@ def figure(record: RecordView, fig: Figure) -> None:
             turn.plot(values, np.full(len(values), i), "k|", ms=9)
         else:
             turn.text(0.01, i, "moves no hidden weight", va="center", fontsize=8, color="#555555")
+    memory.margins(x=0.08)
     memory.set(xlabel="KiB kept for the backward pass of one batch", title="memory")
     turn.axvline(0, color="k", lw=0.8)
     turn.set(xlabel="cosine of the update with the gradient, hidden weights", title="alignment after training")
