@@ -142,11 +142,10 @@ def test_no_learner_is_forgotten() -> None:
 
 
 SPOILT = {"pyhgf": "nodes.level1.mean", "cascaded-forward by descent": "2.weight"}  # what is still read after an epoch; else the first
-NAMELESS = pytest.mark.xfail(strict=True, reason="a finished block's NaN arrives as the next block's data, and that is what is blamed")
 RESTING = partial(learn.SelfExpanding, cooldown=9)  # a score of the NaN, between epochs, is refused with words of its own
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NAMELESS) if n == "cascaded-forward by descent" else n for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_a_loss_that_turns_nan_stops_with_step_and_layer(name: str) -> None:
     case = CASES[name]
     learner, model, ended = (RESTING if name == "self-expanding" else case.make)(), case.build(0), []
