@@ -171,8 +171,8 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
             axis.errorbar(x, accuracy.mean(), yerr=spread, fmt="o", color=colours[arm], capsize=3)
             left = arm in ("wavemix3", "no_dwt", "cnn") if metric == "flops" else arm == "cnn"  # where a name has room
             axis.annotate(
-                name, (x, accuracy.mean()), xytext=(-6 if left else 6, -9 if arm in ("cnn_flops", "wavemix3") else 4), textcoords="offset points",
-                ha="right" if left else "left", fontsize=8, color=colours[arm],
+                name, (x, accuracy.mean()), xytext=(-6 if left else 6, -9 if arm in ("cnn_flops", "wavemix3") else 4),
+                textcoords="offset points", ha="right" if left else "left", fontsize=8, color=colours[arm],
             )  # fmt: skip
         axis.set(xlabel=label, ylabel="test accuracy (%)", title="Accuracy and work" if metric == "flops" else "Accuracy and memory")
         axis.margins(x=0.45, y=0.1)
