@@ -40,7 +40,7 @@ FAMILIES = {
     "isvd": ((64, 32, 16, 8), "low rank, nearest outputs", "#000000", "s"),
     "kernel": ((128, 64, 32, 16), "kernel layers, m", "#D55E00", "^"),
     "bundle": ((256, 128, 64, 32), "bundled, fitted, m", "#009E73", "D"),
-    "bundle_psi": ((256, 128, 64, 32), "bundled, from the weights, m", "#CC79A7", "D"),
+    "bundle_psi": ((256, 128, 64, 32), "bundled, from psi(W, b), m", "#CC79A7", "D"),
 }
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -49,7 +49,7 @@ def run(trial: Trial) -> None:
     names = [f"{family}{n}" for family, (sizes, *_) in FAMILIES.items() for n in (sizes if trial.scale(smoke=0, laptop=1) else sizes[1:2])]
     for arm in trial.arms("dense", *names):
         train, val, test = trial.shared("parts", lambda: parts(trial))
-        net = trial.shared("net", lambda: pretrained(train, trial)).to(trial.device)
+        net = trial.shared("net", lambda train=train: pretrained(train, trial)).to(trial.device)
         x = train.x.to(trial.device)
         model = net if arm.name == "dense" else compressed(net, *split(arm.name), x)
         fixed = sum(b.numel() for b in model.buffers())
