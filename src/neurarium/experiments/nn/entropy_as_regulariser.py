@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 CHANNELS, RANGES, ALPHA, STRENGTH, RATE = 16, 16, 10.0, 0.3, 3e-2
-RADIUS, POINTS = 0.5, 200
+RADIUS = 0.5
 SPARSITIES = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
 #: recipe -> its name in figures and its colour
 NETS = {
@@ -52,7 +52,7 @@ NETS = {
 
 def run(trial: Trial) -> None:
     for arm in trial.arms(*[name for net in NETS for name in (net, f"{net}_low")]):
-        task = trial.shared("images", lambda: images(trial, train=(128, 3000), test=(200, 1500)))
+        task = trial.shared("images", lambda: images(trial, train=(128, 3000), test=(150, 1500)))
         net, _, low = arm.name.partition("_")
         model = network(net).to(trial.device, memory_format=torch.channels_last)
         directions = torch.randn(RANGES, CHANNELS, generator=trial.generator(), device=trial.device)
@@ -60,7 +60,7 @@ def run(trial: Trial) -> None:
         fit(model, task, trial, anchors, STRENGTH if low else 0.0)
         test = task.test.to(trial.device).batches(500, shuffle=False)
         whole = evaluate(model, test)["accuracy"]
-        entropy, penalised = measured(model, task.test.x.to(trial.device), anchors)
+        entropy, penalised = measured(model, task.test.x.to(trial.device), anchors, points=trial.scale(smoke=40, laptop=200))
         arm.log(accuracy=whole, entropy=entropy, penalised=penalised, params=meter.parameters(model))
         trained = {p: p.detach().clone() for p in prunable(model)}
         left = []
@@ -113,12 +113,12 @@ def fit(model: nn.Module, task: data.ImageTask, trial: Trial, anchors: Tensor, s
 
 
 @torch.no_grad()
-def measured(model: nn.Module, x: Tensor, anchors: Tensor) -> tuple[float, float]:
+def measured(model: nn.Module, x: Tensor, anchors: Tensor, points: int) -> tuple[float, float]:
     """Means over the blocks: the entropy of the features over covering balls, and over the penalty's ranges."""
     model.eval()
     with features(model) as seen:
         model(x)
-    free = [soft_entropy(z[:POINTS], cover(z[:POINTS], RADIUS), 100.0).item() for z in seen]
+    free = [soft_entropy(z[:points], cover(z[:points], RADIUS), 100.0).item() for z in seen]
     return float(np.mean(free)), float(np.mean([soft_entropy(z, anchors, ALPHA).item() for z in seen]))
 
 
