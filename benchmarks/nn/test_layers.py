@@ -106,12 +106,16 @@ def test_wave_block(batch, channels, side):
 
 @pytest.mark.parametrize(("rows", "inner", "out"), [(256, 512, 512), (1024, 128, 128), (4096, 64, 64)])
 def test_poincare_linear(rows, inner, out):
-    """hypll's layer has our weights and must give our outputs; geoopt has no layer, so the classical one is built from its operations."""
+    """hypll's layer has our weights and must give our outputs; geoopt has no layer, so the classical one is built from its operations.
+
+    The hand-written backward pass is there for what it does not keep; ``plain backward`` shows what that costs in time.
+    """
     ball = PoincareBall(0.5)
     x = ball.expmap0(0.5 * torch.randn(rows, inner) / inner**0.5)
     flat, ours, plain = nn.Linear(inner, out), PLinear(inner, out, ball), PLinear(inner, out, PoincareBall(0.5, exact=False))
+    for layer in (ours, plain):
+        nn.init.normal_(layer.weight, std=inner**-0.5)
     steps = {"flat": step(flat, x), "ours": step(ours, x), "ours, plain backward": step(plain, x)}
-    nn.init.normal_(ours.weight, std=inner**-0.5)
     absent = []
     try:
         import hypll.nn as hn
@@ -142,4 +146,4 @@ def test_poincare_linear(rows, inner, out):
         )
     found = ratios(f"Poincaré linear, {rows} of {inner} to {out}" + "".join(f" ({name} is absent)" for name in absent), steps, "flat")
     assert found["ours"] <= 4
-    assert found["ours"] <= min(found[name] for name in found if name not in ("flat", "ours"))
+    assert found["ours"] <= min([found[name] for name in ("hypll", "geoopt, Möbius") if name in found], default=torch.inf)
