@@ -429,8 +429,9 @@ def test_refusals_of_top_to_input_and_of_links():
         GraphForward(task="link", mode="ff-label").fit(layers(), [LINKS], epochs=1)
     rule, x = GraphForward(task="link"), LINKS[0]
     complete = torch.cartesian_prod(torch.arange(120), torch.arange(120)).T
+    untrue = torch.cat([SPLIT.train, SPLIT.train[:1] + 2])
     for pairs, why in ((SPLIT.train.float(), "int64"), (SPLIT.train + 200, "names node"), (SPLIT.train[:, :0], "pairs"),
-                       (BATCH[1], "pairs"), (torch.cat([SPLIT.train, SPLIT.train[:1] + 2]), "third row"), (complete, "no pair")):  # fmt: skip
+                       (BATCH[1], "pairs"), (untrue, "third row"), (complete, "no pair")):  # fmt: skip
         with pytest.raises(BadInput, match=why):
             rule.fit(layers(), [(x, pairs)], epochs=1)
     with pytest.raises(BadInput, match=r"\(3, pairs\)"):

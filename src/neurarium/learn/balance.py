@@ -49,7 +49,9 @@ class Clues(Report):
     advice: tuple[str, ...]
 
 
-def clues(train_loss: Sequence[float], val_loss: Sequence[float], lr: Sequence[float] | None = None, *, tolerance: float = 0.03) -> Clues:
+def clues(
+    train_loss: Sequence[float], val_loss: Sequence[float], lr: Sequence[float] | None = None, *, tolerance: float = 0.03
+) -> Clues:
     """Read training and validation loss, measured at the same points of a run (and the learning rate there, to name it).
 
     Args:

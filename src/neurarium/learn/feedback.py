@@ -54,7 +54,9 @@ class RandomFeedback(nn.Module):
         scale: their standard deviation; ``in_dim ** -0.5`` by default, so that feedback is as large as the error.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, distribution: str = "gaussian", scale: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, *, distribution: str = "gaussian", scale: float | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         if distribution == "gaussian":

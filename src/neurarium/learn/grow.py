@@ -219,7 +219,9 @@ def find_blocks(model: nn.Module, example: Any) -> list[Block]:
     return blocks
 
 
-def insert_identity_conv(model: nn.Module, at: str, *, example: Any, kernel: int = 3, noise: float = 1e-3, seed: int = 0) -> nn.Module:
+def insert_identity_conv(
+    model: nn.Module, at: str, *, example: Any, kernel: int = 3, noise: float = 1e-3, seed: int = 0
+) -> nn.Module:
     """A copy of the model with a layer behind module ``at`` that changes nothing yet: a Dirac convolution and a PReLU of slope 1.
 
     Args:

@@ -62,10 +62,9 @@ RULES = {
     "sf_mlp": GraphForward(optimizer=adam(1e-2)),
     "ff_label": GraphForward(mode="ff-label", optimizer=adam(3e-2)),
     "ff_virtual": GraphForward(mode="ff-virtual", optimizer=adam(3e-2)),
-    "sf_top2input": GraphForward(mode="sf-top2input", optimizer=adam(1e-2)),
+    "sf_top2input": GraphForward(mode="sf-top2input", optimizer=adam(3e-3)),
 }
 DEPTHS = {"sf": DEPTH, "sf_isolated": 2, "sf_top2loss": 2, "sf_mlp": 2, "ff_label": 2, "ff_virtual": 2, "sf_top2input": 2}
-LINK_DEPTH = 2
 LINK_BP = Backprop(loss=link_loss, optimizer=adam(1e-2, weight_decay=5e-4))
 LINK_SF = GraphForward(task="link", optimizer=adam(1e-2))
 
@@ -116,22 +115,13 @@ def run(trial: Trial) -> None:
     links = split_links(graph.edge_index, len(graph.y), generator=trial.generator())
     known = (graph.x, links.edge_index)
     for arm in trial.arms(*LINKS):
-        by_depth = []  # (validation, test)
-        if arm.name == "link_bp":
-            for depth in range(1, LINK_DEPTH + 1):
-                model = net("gcn", features, *[hidden] * depth)
-                LINK_BP.fit(model, [(known, links.train)], epochs=epochs, seed=trial.seed)
-                with torch.no_grad():
-                    z = model(*known)
-                by_depth.append([auc(link_scores(z, pairs), pairs[2]) for pairs in (links.val, links.test)])
-        else:
-            model = net("gcn", features, *[hidden] * LINK_DEPTH)
-            LINK_SF.fit(model, [(known, links.train)], epochs=epochs, seed=trial.seed)
-            found = [LINK_SF.predictor(model).by_layer(*known, pairs) for pairs in (links.val, links.test)]
-            for depth in range(1, LINK_DEPTH + 1):
-                scores = [torch.stack(layers[:depth]).mean(0) for layers in found]
-                by_depth.append([auc(s, pairs[2]) for s, pairs in zip(scores, (links.val, links.test), strict=True)])
-        arm.log(auc=max(by_depth)[1], val_auc=max(by_depth)[0], auc_by_depth=[test for _, test in by_depth])
+        model = net("gcn", features, hidden, hidden)
+        rule = {"link_bp": LINK_BP, "link_sf": LINK_SF}[arm.name]
+        rule.fit(model, [(known, links.train)], epochs=epochs, seed=trial.seed)
+        with torch.no_grad():
+            for name, pairs in (("val_auc", links.val), ("auc", links.test)):
+                scores = link_scores(model(*known), pairs) if arm.name == "link_bp" else LINK_SF.predictor(model)(*known, pairs)
+                arm.log(**{name: auc(scores, pairs[2])})
 
 
 def split(trial: Trial) -> SimpleNamespace:
