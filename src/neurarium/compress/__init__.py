@@ -4,6 +4,7 @@ Every transform is *plan + apply*: a planner reads the model and writes a frozen
 the new module of it. So one paper's plan goes with another's executor.
 """
 
+from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
@@ -25,10 +26,15 @@ __all__ = [
     "chita_pp",
     "diagonal_fisher",
     "finalise",
+    "global_threshold",
+    "knapsack_dp",
     "magnitude",
+    "milp",
+    "minimax_bisect",
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
     "sparse_quadratic",
+    "uniform",
     "woodfisher",
 ]
