@@ -5,36 +5,52 @@ the new module of it. So one paper's plan goes with another's executor.
 """
 
 from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
+from neurarium.compress.bit_plan import BitPlan
+from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
+from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
     "NM",
+    "BitPlan",
     "Block",
     "FisherOperator",
     "Group",
+    "LowRankConv2d",
+    "LowRankLinear",
     "MaskPlan",
     "Pattern",
+    "RankPlan",
     "SparseSolution",
     "Unstructured",
     "apply",
+    "apply_ranks",
     "chita",
     "chita_pp",
+    "decomposable",
     "diagonal_fisher",
+    "factors",
     "finalise",
+    "fold",
     "global_threshold",
     "knapsack_dp",
+    "low_rank",
     "magnitude",
     "milp",
     "minimax_bisect",
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
+    "rank_macs",
     "sparse_quadratic",
+    "svd_curve",
+    "unfold",
     "uniform",
     "woodfisher",
 ]
