@@ -13,6 +13,9 @@ from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
+from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
@@ -20,23 +23,31 @@ __all__ = [
     "NM",
     "BitPlan",
     "Block",
+    "Dyadic",
     "FisherOperator",
     "Group",
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
+    "PackedConv2d",
+    "PackedLinear",
     "Pattern",
     "RankPlan",
     "SparseSolution",
+    "UniformGrid",
     "Unstructured",
+    "affine_grid",
     "apply",
     "apply_ranks",
     "chita",
     "chita_pp",
     "decomposable",
     "diagonal_fisher",
+    "dyadic",
     "factors",
     "finalise",
+    "fixed_codes",
+    "fixed_point",
     "fold",
     "global_threshold",
     "knapsack_dp",
@@ -44,13 +55,19 @@ __all__ = [
     "magnitude",
     "milp",
     "minimax_bisect",
+    "pack",
+    "pack_layer",
+    "packed_bytes",
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
     "rank_macs",
+    "round_ste",
     "sparse_quadratic",
     "svd_curve",
+    "symmetric_grid",
     "unfold",
     "uniform",
+    "unpack",
     "woodfisher",
 ]
