@@ -4,31 +4,70 @@ Every transform is *plan + apply*: a planner reads the model and writes a frozen
 the new module of it. So one paper's plan goes with another's executor.
 """
 
+from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
+from neurarium.compress.bit_plan import BitPlan
+from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
+from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
+from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
     "NM",
+    "BitPlan",
     "Block",
+    "Dyadic",
     "FisherOperator",
     "Group",
+    "LowRankConv2d",
+    "LowRankLinear",
     "MaskPlan",
+    "PackedConv2d",
+    "PackedLinear",
     "Pattern",
+    "RankPlan",
     "SparseSolution",
+    "UniformGrid",
     "Unstructured",
+    "affine_grid",
     "apply",
+    "apply_ranks",
     "chita",
     "chita_pp",
+    "decomposable",
     "diagonal_fisher",
+    "dyadic",
+    "factors",
     "finalise",
+    "fixed_codes",
+    "fixed_point",
+    "fold",
+    "global_threshold",
+    "knapsack_dp",
+    "low_rank",
     "magnitude",
+    "milp",
+    "minimax_bisect",
+    "pack",
+    "pack_layer",
+    "packed_bytes",
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
+    "rank_macs",
+    "round_ste",
     "sparse_quadratic",
+    "svd_curve",
+    "symmetric_grid",
+    "unfold",
+    "uniform",
+    "unpack",
     "woodfisher",
 ]
