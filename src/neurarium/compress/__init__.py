@@ -4,6 +4,7 @@ Every transform is *plan + apply*: a planner reads the model and writes a frozen
 the new module of it. So one paper's plan goes with another's executor.
 """
 
+from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
@@ -16,11 +17,13 @@ __all__ = [
     "Block",
     "FisherOperator",
     "Group",
+    "InputStats",
     "MaskPlan",
     "Pattern",
     "SparseSolution",
     "Unstructured",
     "apply",
+    "calibrate",
     "chita",
     "chita_pp",
     "diagonal_fisher",
