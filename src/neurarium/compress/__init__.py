@@ -4,7 +4,10 @@ Every transform is *plan + apply*: a planner reads the model and writes a frozen
 the new module of it. So one paper's plan goes with another's executor.
 """
 
+from neurarium.compress.attention import SelfAttention
+from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
 from neurarium.compress.calibrate import InputStats, calibrate
+from neurarium.compress.gpt import GPT
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
@@ -13,20 +16,26 @@ from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
+    "GPT",
     "NM",
     "Block",
     "FisherOperator",
     "Group",
     "InputStats",
+    "Layout",
+    "LinearView",
     "MaskPlan",
     "Pattern",
+    "SelfAttention",
     "SparseSolution",
+    "TransformerBlocks",
     "Unstructured",
     "apply",
     "calibrate",
     "chita",
     "chita_pp",
     "diagonal_fisher",
+    "explicit",
     "finalise",
     "magnitude",
     "per_sample_grads",
