@@ -10,7 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neurarium.compress import GPT, Layout, SelfAttention, TransformerBlocks, apply, calibrate, explicit, magnitude, plan_magnitude
+from neurarium.compress import (
+    GPT,
+    NM,
+    Layout,
+    SelfAttention,
+    TransformerBlocks,
+    apply,
+    calibrate,
+    explicit,
+    finalise,
+    magnitude,
+    plan_magnitude,
+    sparsegpt,
+    wanda,
+)  # fmt: skip
 from neurarium.compress.gpt import GPTBlock
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.meter import parameters
@@ -218,6 +232,9 @@ def test_explicit_is_the_same_function_of_linear_layers(name: str) -> None:
     kept = some(blocks, even=False)
     expected = TransformerBlocks.of(model).zero(kept)
     torch.testing.assert_close(logits(name, blocks.remove(kept)), logits(name, expected), rtol=1e-5, atol=1e-5)
+    for method in (wanda, sparsegpt):
+        small = method(opened, [x], pattern=NM(2, 4), sequential=False)
+        assert NM(2, 4).holds(TransformerBlocks.of(finalise(small)).blocks[0].down.weight != 0)
     plan = plan_magnitude(opened, sparsity=0.0, scope="layer")
     torch.testing.assert_close(logits(name, apply(opened, plan)), logits(name, opened))
 

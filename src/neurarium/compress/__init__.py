@@ -13,6 +13,8 @@ from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
+from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
@@ -41,6 +43,10 @@ __all__ = [
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
+    "plan_sparsegpt",
+    "plan_wanda",
     "sparse_quadratic",
+    "sparsegpt",
+    "wanda",
     "woodfisher",
 ]
