@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from neurarium.compress import (
     GPT,
@@ -21,10 +22,11 @@ from neurarium.compress import (
     explicit,
     finalise,
     magnitude,
+    per_sample_grads,
     plan_magnitude,
     sparsegpt,
     wanda,
-)  # fmt: skip
+)
 from neurarium.compress.gpt import GPTBlock
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.meter import parameters
@@ -182,6 +184,39 @@ def test_our_gpt_generates_and_is_causal() -> None:
         model(torch.zeros(1, 41, dtype=torch.long))
 
 
+def test_our_gpt_has_second_derivatives_and_per_sample_gradients() -> None:
+    model, ids = our_gpt(), torch.randint(0, 50, (3, 6), generator=torch.Generator().manual_seed(0))
+    name = "blocks.0.attention.k.weight"
+
+    def loss(weight: Tensor, ids: Tensor = ids) -> Tensor:
+        out = torch.func.functional_call(model, {name: weight}, (ids,))
+        return nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    weight = model.get_parameter(name).detach()
+    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    with sdpa_kernel(SDPBackend.MATH):
+        variable = weight.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(variable), variable, create_graph=True)
+        (product,) = torch.autograd.grad(first, variable, step)
+        rows = per_sample_grads(
+            model, ids, ids, lambda out, y: nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), y[:, 1:].flatten()), names=[name]
+        )
+    plus, minus = (torch.func.grad(loss)(weight + sign * 1e-2 * step) for sign in (1, -1))
+    torch.testing.assert_close(product, (plus - minus) / 2e-2, rtol=0.05, atol=0.02 * float(product.abs().max()))
+    for i in range(3):
+        torch.testing.assert_close(rows[i].view_as(weight), torch.func.grad(loss)(weight, ids[i : i + 1]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gpt", "torch", "gpt2"])
+def test_the_smaller_model_exports(name: str) -> None:
+    model = FAMILIES[name]()
+    small = TransformerBlocks.of(model).remove({next(k for k in TransformerBlocks.of(model).sizes()): [0, 2]})
+    x = torch.randn(2, 5, 32) if name == "torch" else torch.randint(3, 50, (2, 5))
+    program = torch.export.export(small, (x,), {"use_cache": False} if name == "gpt2" else {}, strict=False)
+    found, expected = program.module()(x, **({"use_cache": False} if name == "gpt2" else {})), small(x)
+    torch.testing.assert_close(getattr(found, "logits", found), getattr(expected, "logits", expected), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_self_attention_is_torch_attention(batch_first: bool, bias: bool) -> None:
@@ -199,6 +234,8 @@ def test_self_attention_is_torch_attention(batch_first: bool, bias: bool) -> Non
     ours.causal = True
     torch.testing.assert_close(ours(x)[0], theirs(x, x, x, attn_mask=causal)[0])
     torch.testing.assert_close(ours(x, key_padding_mask=padding)[0], theirs(x, x, x, attn_mask=causal, key_padding_mask=padding)[0])
+    with torch.no_grad():  # the fused kernel
+        torch.testing.assert_close(ours(x)[0], theirs(x, x, x, attn_mask=causal)[0])
     with pytest.raises(BadInput, match="one input"):
         ours(x, x + 1, x)
     with pytest.raises(BadInput, match="batch \\* heads"):
