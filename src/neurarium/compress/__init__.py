@@ -1,18 +1,23 @@
 """Room `compress`: smaller and faster networks that stay ordinary modules.
 
 Every transform is *plan + apply*: a planner reads the model and writes a frozen plan (:mod:`neurarium.compress.plan`), ``apply`` makes
-the new module of it. So one paper's plan goes with another's executor.
-"""
+the new module of it. So one paper's plan goes with another's executor."""
 
 from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
+from neurarium.compress.attention import SelfAttention
 from neurarium.compress.bit_plan import BitPlan
+from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
+from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.gpt import GPT
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
+from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
+from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
@@ -20,12 +25,16 @@ from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
+    "GPT",
     "NM",
     "BitPlan",
     "Block",
     "Dyadic",
     "FisherOperator",
     "Group",
+    "InputStats",
+    "Layout",
+    "LinearView",
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
@@ -33,17 +42,21 @@ __all__ = [
     "PackedLinear",
     "Pattern",
     "RankPlan",
+    "SelfAttention",
     "SparseSolution",
+    "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
     "affine_grid",
     "apply",
     "apply_ranks",
+    "calibrate",
     "chita",
     "chita_pp",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
+    "explicit",
     "factors",
     "finalise",
     "fixed_codes",
@@ -61,13 +74,17 @@ __all__ = [
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
+    "plan_sparsegpt",
+    "plan_wanda",
     "rank_macs",
     "round_ste",
     "sparse_quadratic",
+    "sparsegpt",
     "svd_curve",
     "symmetric_grid",
     "unfold",
     "uniform",
     "unpack",
+    "wanda",
     "woodfisher",
 ]
