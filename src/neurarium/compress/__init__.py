@@ -4,6 +4,8 @@ Every transform is *plan + apply*: a planner reads the model and writes a frozen
 the new module of it. So one paper's plan goes with another's executor.
 """
 
+from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
+from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
@@ -14,6 +16,9 @@ from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 __all__ = [
     "NM",
     "Block",
+    "ChannelGraph",
+    "ChannelPlan",
+    "Cost",
     "FisherOperator",
     "Group",
     "MaskPlan",
@@ -21,6 +26,7 @@ __all__ = [
     "SparseSolution",
     "Unstructured",
     "apply",
+    "apply_channels",
     "chita",
     "chita_pp",
     "diagonal_fisher",
