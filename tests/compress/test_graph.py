@@ -21,8 +21,9 @@ class Residual(nn.Module):
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out)
-        )
+            nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1), nn.BatchNorm2d(out),
+        )  # fmt: skip
         same = into == out and stride == 1
         self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
@@ -259,7 +260,7 @@ def test_what_remains_is_an_ordinary_module(case: tuple) -> None:
     assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
     assert torch.equal(copy.deepcopy(smaller)(x), y)
     assert not {p.data_ptr() for p in smaller.parameters()} & {p.data_ptr() for p in model.parameters()}
-    if name in ("resnet", "lstm"):
+    if name in ("mobilenet", "lstm"):
         torch.testing.assert_close(torch.export.export(smaller, (x,), strict=False).module()(x), y)
     with torch.enable_grad():
         smaller.train()(x).sum().backward()
@@ -286,9 +287,9 @@ def test_a_plan_survives_json_and_needs_no_graph() -> None:
 def test_wrong_units_are_named() -> None:
     model, x = build("mlp")
     graph = ChannelGraph.trace(model, x)
-    for kept, message in (({"1": []}, "at least one"), ({"1": [8]}, "units are 0 to 7"), ({"9": [0]}, "no group '9'"), ({"1": [0, 0]}, "twice")):
+    for name, kept, message in (("1", [], "at least one"), ("1", [8], "0 to 7"), ("9", [0], "no group '9'"), ("1", [0, 0], "twice")):
         with pytest.raises(BadInput, match=message):
-            graph.remove(model, kept)
+            graph.remove(model, {name: kept})
 
 
 class Hard(nn.Module):
@@ -296,20 +297,21 @@ class Hard(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.q, self.k, self.v = (nn.Linear(8, 16) for _ in range(3))
+        self.out = nn.Linear(16, 8)
         self.up, self.gate, self.down = nn.Linear(8, 12), nn.Linear(8, 5), nn.Linear(12, 3)
         self.mix = nn.Linear(5, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (m(x).view(x.shape[0], -1, 4, 2).transpose(1, 2) for m in (self.q, self.k, self.v))
-        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape[0], -1, 8))
+        q, k, v = (m(x).view(x.shape[0], x.shape[1], 4, -1).transpose(1, 2) for m in (self.q, self.k, self.v))
+        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.mix(self.gate(x).softmax(-1))
         return self.down(F.relu(self.up(x)))
 
 
 @torch.no_grad()
 def test_sizes_fixed_in_the_code_are_found_and_frozen() -> None:
-    """Cutting one of four heads of 2 leaves 6 channels, which fold into other heads without an error of torch."""
+    """Cutting one of four heads of 4 leaves 12 channels, which fold into other heads without an error of torch."""
     torch.manual_seed(0)
     model, x = Hard().eval(), torch.randn(2, 3, 8)
     graph = ChannelGraph.trace(model, x)
@@ -366,7 +368,8 @@ def test_tied_weights_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.inner, self.back, self.head = nn.Embedding(9, 6), nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 9, bias=False)
+            self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.inner, self.back = nn.Linear(6, 10), nn.Linear(10, 6)
             self.head.weight = self.embed.weight
 
         def forward(self, x: Tensor) -> Tensor:
@@ -396,8 +399,9 @@ def test_the_groups_are_those_of_torch_pruning(name: str) -> None:
     theirs = tp.DependencyGraph().build_dependency(model, example_inputs=x)
     names = {m: n for n, m in model.named_modules()}
     for group in graph.groups:
-        if "#" in group.id:
-            continue
+        members = [model.get_submodule(m.module) for m in group.members]
+        if any(getattr(m, "groups", 1) > 1 and m.out_channels != m.in_channels for m in members):
+            continue  # they stop at a depthwise layer that multiplies its channels
         module = model.get_submodule(group.id)
         prune = tp.prune_conv_out_channels if isinstance(module, nn.Conv2d) else tp.prune_linear_out_channels
         if isinstance(module, nn.ConvTranspose2d):

@@ -33,8 +33,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
-from neurarium.compress.labels import Labels, tagged
-from neurarium.compress.rules import LEAVES, rule_of
+from neurarium.compress.labels import Labels
+from neurarium.compress.leaves import LEAVES
+from neurarium.compress.rules import rule_of
 from neurarium.errors import BadInput, UnsupportedModel
 
 __all__ = ["ChannelGraph", "Group", "Member"]
@@ -191,7 +192,7 @@ class ChannelGraph:
                 result[f"{path}.{attribute}".lstrip(".")] = after
             else:
                 for name, value in self._integers.get(path, {}).items():
-                    if value == before and ("head" in name and "dim" not in name and "size" not in name or name in _INNER):
+                    if value == before and (name in _INNER or ("head" in name and "dim" not in name and "size" not in name)):
                         result[f"{path}.{name}".lstrip(".")] = after
         return result
 
@@ -203,7 +204,8 @@ class ChannelGraph:
         everything = [g for g in self.groups if g.size > 1]
         if self._stands(model, example, everything) is None:
             return
-        folded = np.concatenate([self._parent[ids[ids >= 0]] for _, attribute, ids in self._books.counts if attribute is None] or [np.empty(0, int)])
+        folds = [self._parent[ids[ids >= 0]] for _, attribute, ids in self._books.counts if attribute is None]
+        folded = np.concatenate([*folds, np.empty(0, int)])
         suspects = [g for g in everything if np.isin(g.labels, folded).any()]
         safe = [g for g in everything if g not in suspects]
         if not safe or self._stands(model, example, safe) is not None:
@@ -242,7 +244,8 @@ def _label(model: nn.Module, example: Example) -> Labels:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in everything}
     shapes = {name: tuple(t.shape) for name, t in everything}
-    args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else ((example,) if isinstance(example, Tensor) else tuple(example), {})
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = () if kwargs else (example,) if isinstance(example, Tensor) else tuple(example)
     errors = []
     with torch.no_grad(), _plain_attention():
         if not kwargs:
@@ -321,7 +324,8 @@ def _collect(books: Labels, parent: np.ndarray) -> tuple[list[Group], dict[str, 
             why.setdefault(root, reason)
     frozen: dict[str, str] = {}
     units: dict[tuple, list[np.ndarray]] = {}
-    for labels in np.split(order := np.argsort(parent, kind="stable"), np.cumsum(np.bincount(parent[order], minlength=n))[:-1]) if n else []:
+    order = np.argsort(parent, kind="stable")
+    for labels in np.split(order, np.cumsum(np.bincount(parent, minlength=n))[:-1]) if n else []:
         root = int(parent[labels[0]])
         if not has["made"][root]:
             continue

@@ -88,8 +88,9 @@ class Labels(fx.Interpreter):
     """
 
     def __init__(
-        self, graph: fx.GraphModule, names: dict[str, str], shapes: dict[str, tuple[int, ...]], rule: Callable[[str], Any], leaves: dict[type, Any]
-    ) -> None:
+        self, graph: fx.GraphModule, names: dict[str, str], shapes: dict[str, tuple[int, ...]],
+        rule: Callable[[str], Any], leaves: dict[type, Any],
+    ) -> None:  # fmt: skip
         super().__init__(graph)
         self.names, self.shapes, self.rule, self.leaves = names, shapes, rule, leaves
         self.dims: dict[str, list[Array]] = {}

@@ -1,4 +1,4 @@
-"""What each torch operation does to the labels of channels: one table for functions and methods, one for the layers of ``torch.nn``.
+"""What each torch operation does to the labels of channels: the table for functions and methods.
 
 A rule gets the books (:class:`~neurarium.compress.labels.Labels`) and the call, and returns the tagged output, or None if it cannot tell
 (the labels are then frozen by the caller). Functions, tensor methods and aten operators of one name share a rule: they have the same
@@ -12,22 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from neurarium.compress.labels import Call, Labels, Tagged, blank, tagged
 
-__all__ = ["LEAVES", "rule_of"]
+__all__ = ["gated", "pixels", "pointwise", "prelu", "reshape", "rule_of", "softmax"]
 
 Rule = Callable[[Labels, Call], Any]
 
-_POINTWISE = """add sub mul div truediv true_divide rsub radd rmul iadd imul isub itruediv pow maximum minimum fmod remainder where masked_fill
-    relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardsigmoid hardswish softplus softsign logsigmoid log_sigmoid tanhshrink threshold
-    sigmoid tanh exp expm1 log log1p sqrt rsqrt square reciprocal neg abs sign sin cos erf clamp clip clamp_min clamp_max nan_to_num round floor ceil
-    lerp addcmul addcdiv eq ne lt le gt ge and or xor logical_and logical_or logical_not bitwise_not bitwise_and bitwise_or
-    dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout
-    clone contiguous detach alias to float double half bfloat16 type type_as lift_fresh_copy _to_copy requires_grad zeros_like ones_like
-    positive identity""".split()
-_RESHAPE = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as ravel".split()
+_POINTWISE = ["add", "sub", "mul", "div", "truediv", "true_divide", "rsub", "radd", "rmul", "iadd", "imul", "isub", "itruediv", "pow", "maximum", "minimum", "fmod", "remainder", "where", "masked_fill", "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "logsigmoid", "log_sigmoid", "tanhshrink", "threshold", "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "neg", "abs", "sign", "sin", "cos", "erf", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "round", "floor", "ceil", "lerp", "addcmul", "addcdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "logical_and", "logical_or", "logical_not", "bitwise_not", "bitwise_and", "bitwise_or", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "float", "double", "half", "bfloat16", "type", "type_as", "lift_fresh_copy", "_to_copy", "requires_grad", "zeros_like", "ones_like", "positive", "identity"]
+_RESHAPE = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as ravel".split()  # noqa: SIM905
 
 
 def rule_of(name: str) -> Rule | None:
@@ -36,19 +29,19 @@ def rule_of(name: str) -> Rule | None:
         if key in _RULES:
             return _RULES[key]
     if re.search(r"pool[123]d|interpolate|upsample", name):
-        return _pixels
+        return pixels
     return None
 
 
-def _pointwise(books: Labels, call: Call) -> Tagged:
+def pointwise(books: Labels, call: Call) -> Tagged:
     return books.pointwise(list(tagged((call.args, call.kwargs))), call.shape)
 
 
-def _reshape(books: Labels, call: Call) -> Tagged | None:
+def reshape(books: Labels, call: Call) -> Tagged | None:
     return books.reshape(call(0, "input"), call.shape)
 
 
-def _pixels(books: Labels, call: Call) -> Tagged | None:
+def pixels(books: Labels, call: Call) -> Tagged | None:
     """Pooling and resizing: channels stay, pixels are mixed."""
     x = call(0, "input")
     if not hasattr(call.out, "shape"):
@@ -92,7 +85,8 @@ def _batch_norm(books: Labels, call: Call) -> Tagged:
 
 
 def _layer_norm(books: Labels, call: Call) -> Tagged:
-    return books.layer_norm(call(0, "input"), len(call(1, "normalized_shape")), *(t for t in (call(2, "weight"), call(3, "bias")) if isinstance(t, Tagged)))
+    tensors = [t for t in (call(2, "weight"), call(3, "bias")) if isinstance(t, Tagged)]
+    return books.layer_norm(call(0, "input"), len(call(1, "normalized_shape")), *tensors)
 
 
 def _group_norm(books: Labels, call: Call) -> Tagged:
@@ -106,7 +100,7 @@ def _embedding(books: Labels, call: Call) -> Tagged:
     return Tagged([*index.labels, weight.labels[1]])
 
 
-def _prelu(books: Labels, call: Call) -> Tagged:
+def prelu(books: Labels, call: Call) -> Tagged:
     x, weight = call(0, "input"), call(1, "weight")
     return books.channels(x, weight) if len(weight.labels[0]) > 1 else Tagged(x.labels)
 
@@ -143,7 +137,7 @@ def _attention(books: Labels, call: Call) -> Tagged:
     return books.attention(q, k, v)
 
 
-def _softmax(books: Labels, call: Call) -> Tagged:
+def softmax(books: Labels, call: Call) -> Tagged:
     x = call(0, "input")
     books.freeze(x.labels[call(1, "dim", -1)], "is normalised by a softmax")
     return Tagged(x.labels)
@@ -251,7 +245,7 @@ def _getitem(books: Labels, call: Call) -> Any:
         return x[index]
     index = index if isinstance(index, tuple) else (index,)
     used = sum(i is not None and i is not Ellipsis for i in index)
-    if any(isinstance(i, (Tagged, list)) or isinstance(i, bool) for i in index):
+    if any(isinstance(i, (Tagged, list, bool)) for i in index):
         return None
     if Ellipsis in index:
         at = index.index(Ellipsis)
@@ -289,7 +283,7 @@ def _repeat_interleave(books: Labels, call: Call) -> Tagged | None:
     return Tagged(labels)
 
 
-def _glu(books: Labels, call: Call) -> Tagged:
+def gated(books: Labels, call: Call) -> Tagged:
     x, dim = call(0, "input"), call(1, "dim", -1)
     first, second = books.pieces(x, dim, [call.shape[dim]] * 2)
     books.tie(first.labels[dim], second.labels[dim])
@@ -314,8 +308,8 @@ def _rnn(books: Labels, call: Call) -> Any:
 
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys(_RESHAPE, _reshape),
+    **dict.fromkeys(_POINTWISE, pointwise),
+    **dict.fromkeys(_RESHAPE, reshape),
     "linear": _linear,
     **{f"conv{d}d": _conv for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": _conv_transpose for d in (1, 2, 3)},
@@ -325,12 +319,12 @@ _RULES: dict[str, Rule] = {
     "rms_norm": _layer_norm,
     "group_norm": _group_norm,
     "embedding": _embedding,
-    "prelu": _prelu,
+    "prelu": prelu,
     **dict.fromkeys(("matmul", "bmm", "mm", "mv"), _matmul),
     "addmm": _addmm,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("softmax", "log_softmax", "_softmax"), _softmax),
+    **dict.fromkeys(("softmax", "log_softmax", "_softmax"), softmax),
     **dict.fromkeys(("cumsum", "cumprod"), _cumulative),
     "sum": _reducing(True),
     **dict.fromkeys(("mean", "var", "std", "amax", "amin"), _reducing(False)),
@@ -348,100 +342,8 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "expand_as"), _expand),
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
-    "glu": _glu,
+    "glu": gated,
     "pad": _pad,
     **dict.fromkeys(("zeros", "new_zeros"), _zeros),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _rnn),
 }
-
-
-# layers of torch.nn, in the words of the functions above
-
-
-def _tensor(books: Labels, path: str, name: str) -> Tagged | None:
-    full = f"{path}.{name}".lstrip(".")
-    return books.parameter(full) if full in books.names else None
-
-
-def _leaf_linear(books: Labels, module: Any, path: str, call: Call) -> Any:
-    return books.linear(call.args[0], _tensor(books, path, "weight"), _tensor(books, path, "bias"))
-
-
-def _leaf_conv(books: Labels, module: Any, path: str, call: Call) -> Any:
-    weight, bias = _tensor(books, path, "weight"), _tensor(books, path, "bias")
-    return books.conv(call.args[0], weight, bias, module.groups, module.transposed, call.shape)
-
-
-def _leaf_channels(books: Labels, module: Any, path: str, call: Call) -> Any:
-    return books.channels(call.args[0], *(_tensor(books, path, k) for k in ("weight", "bias", "running_mean", "running_var")))
-
-
-def _leaf_layer_norm(books: Labels, module: Any, path: str, call: Call) -> Any:
-    if module.weight is None:
-        for labels in call.args[0].labels[-len(module.normalized_shape) :]:
-            books.freeze(labels, "is normalised by a layer without weights")
-    return books.layer_norm(call.args[0], len(module.normalized_shape), _tensor(books, path, "weight"), _tensor(books, path, "bias"))
-
-
-def _leaf_group_norm(books: Labels, module: Any, path: str, call: Call) -> Any:
-    if module.weight is None:
-        books.freeze(call.args[0].labels[1], "is normalised by a layer without weights")
-    return books.group_norm(call.args[0], module.num_groups, _tensor(books, path, "weight"), _tensor(books, path, "bias"))
-
-
-def _leaf_embedding(books: Labels, module: Any, path: str, call: Call) -> Any:
-    weight = _tensor(books, path, "weight")
-    books.made.append(weight.labels[1])
-    return Tagged([*call.args[0].labels, weight.labels[1]])
-
-
-def _leaf_prelu(books: Labels, module: Any, path: str, call: Call) -> Any:
-    return _prelu(books, Call([call.args[0], _tensor(books, path, "weight")], {}, call.out))
-
-
-def _leaf_softmax(books: Labels, module: Any, path: str, call: Call) -> Any:
-    return _softmax(books, Call([call.args[0], -1 if module.dim is None else module.dim], {}, call.out))
-
-
-def _leaf_glu(books: Labels, module: Any, path: str, call: Call) -> Any:
-    return _glu(books, Call([call.args[0], module.dim], {}, call.out))
-
-
-def _leaf_rnn(books: Labels, module: Any, path: str, call: Call) -> Any:
-    if getattr(module, "proj_size", 0):
-        return None
-    two = module.bidirectional
-    cells = [
-        [t for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if (t := _tensor(books, path, f"{k}_l{layer}{side}"))]
-        for layer in range(module.num_layers)
-        for side in (("", "_reverse") if two else ("",))
-    ]
-    last = call.out[1] if isinstance(call.out[1], tuple) else (call.out[1],)
-    outputs, states = books.rnn(call.args[0], cells, list(tagged(call.args[1:])), two, last)
-    return outputs, (states if isinstance(call.out[1], tuple) else states[0])
-
-
-def _of(rule: Rule) -> Callable[[Labels, Any, str, Call], Any]:
-    return lambda books, module, path, call: rule(books, call)
-
-
-_ACTIVATIONS = """ReLU ReLU6 GELU SiLU Mish ELU SELU CELU LeakyReLU Hardtanh Hardsigmoid Hardswish Softplus Softsign LogSigmoid Tanhshrink
-    Threshold Sigmoid Tanh Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout""".split()
-_POOLS = [f"{kind}Pool{d}d" for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in (1, 2, 3)]
-
-LEAVES: dict[type, Callable[[Labels, Any, str, Call], Any]] = {
-    nn.Linear: _leaf_linear,
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _leaf_conv),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), _leaf_channels),
-    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _leaf_channels),
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _leaf_layer_norm),
-    nn.GroupNorm: _leaf_group_norm,
-    nn.Embedding: _leaf_embedding,
-    nn.PReLU: _leaf_prelu,
-    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _leaf_softmax),
-    nn.GLU: _leaf_glu,
-    **dict.fromkeys((nn.LSTM, nn.GRU, nn.RNN), _leaf_rnn),
-    **{getattr(nn, name): _of(_pointwise) for name in _ACTIVATIONS},
-    **{getattr(nn, name): _of(_pixels) for name in [*_POOLS, "Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"]},
-    **dict.fromkeys((nn.Flatten, nn.Unflatten), _of(_reshape)),
-}  # fmt: skip
