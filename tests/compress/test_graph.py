@@ -248,6 +248,7 @@ def test_every_layer_is_in_a_group_or_frozen_with_a_reason(case: tuple) -> None:
         assert {getattr(least.get_submodule(m.module), t).shape[d] // m.index.shape[1] for m in g.members for t, d in m.tensors} >= {1}
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")
 @torch.no_grad()
 def test_what_remains_is_an_ordinary_module(case: tuple) -> None:
     name, model, x, graph = case

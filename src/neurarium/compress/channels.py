@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -62,7 +61,7 @@ class ChannelPlan:
 
     def check(self, model: nn.Module) -> None:
         """Raises BadInput naming the first tensor that is missing or has another shape."""
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        tensors = _tensors(model)
         for name, shape in self.shapes.items():
             if name not in tensors:
                 raise BadInput(f"the plan names {name!r}, which the model does not have")
@@ -180,8 +179,3 @@ def _resize(path: str, module: nn.Module) -> None:
         raise UnsupportedModel("a MultiheadAttention ties its width to its heads", module=path)
     elif isinstance(weight, Tensor) and hasattr(module, "nf") and hasattr(module, "nx"):  # transformers' Conv1D: (in, out)
         module.nx, module.nf = weight.shape
-
-
-def tensor_bytes(shape: tuple[int, ...], element: int) -> int:
-    """Bytes of a dense tensor."""
-    return math.prod(shape) * element

@@ -43,7 +43,7 @@ __all__ = ["ChannelGraph", "Group", "Member"]
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """One side of one module in a group.
 
@@ -60,14 +60,14 @@ class Member:
     tensors: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Channels that run through the same tensors. Any subset of its units may stay, but not none.
 
     Attributes:
         id: the name of the first module that makes them.
         size: number of units.
-        unit: channels of that module a unit, e.g. the size of a head.
+        unit: channels of that module a unit, e.g. the size of a head (three times it where queries, keys and values are one layer).
         exact: whether removing a unit equals zeroing what others read of it.
     """
 
@@ -76,7 +76,7 @@ class Group:
     size: int
     unit: int
     exact: bool = True
-    labels: np.ndarray = field(default_factory=lambda: np.empty(0, int), repr=False, compare=False)
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, int), repr=False)
 
     def __repr__(self) -> str:
         members = ", ".join(f"{m.module}.{m.side}" for m in self.members)

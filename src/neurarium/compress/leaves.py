@@ -84,7 +84,11 @@ def _of(rule: Rule) -> Callable[[Labels, Any, str, Call], Any]:
     return lambda books, module, path, call: rule(books, call)
 
 
-_ACTIVATIONS = ["ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "SELU", "CELU", "LeakyReLU", "Hardtanh", "Hardsigmoid", "Hardswish", "Softplus", "Softsign", "LogSigmoid", "Tanhshrink", "Threshold", "Sigmoid", "Tanh", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
+_ACTIVATIONS = [
+    "ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "SELU", "CELU", "LeakyReLU", "Hardtanh", "Hardsigmoid", "Hardswish",
+    "Softplus", "Softsign", "LogSigmoid", "Tanhshrink", "Threshold", "Sigmoid", "Tanh", "Identity", "Dropout", "Dropout1d",
+    "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout",
+]  # fmt: skip
 _POOLS = [f"{kind}Pool{d}d" for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for d in (1, 2, 3)]
 
 LEAVES: dict[type, Callable[[Labels, Any, str, Call], Any]] = {

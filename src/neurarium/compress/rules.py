@@ -19,7 +19,18 @@ __all__ = ["gated", "pixels", "pointwise", "prelu", "reshape", "rule_of", "softm
 
 Rule = Callable[[Labels, Call], Any]
 
-_POINTWISE = ["add", "sub", "mul", "div", "truediv", "true_divide", "rsub", "radd", "rmul", "iadd", "imul", "isub", "itruediv", "pow", "maximum", "minimum", "fmod", "remainder", "where", "masked_fill", "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "logsigmoid", "log_sigmoid", "tanhshrink", "threshold", "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "neg", "abs", "sign", "sin", "cos", "erf", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "round", "floor", "ceil", "lerp", "addcmul", "addcdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "logical_and", "logical_or", "logical_not", "bitwise_not", "bitwise_and", "bitwise_or", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "float", "double", "half", "bfloat16", "type", "type_as", "lift_fresh_copy", "_to_copy", "requires_grad", "zeros_like", "ones_like", "positive", "identity"]
+_POINTWISE = [
+    "add", "sub", "mul", "div", "truediv", "true_divide", "rsub", "radd", "rmul", "iadd", "imul", "isub", "itruediv", "pow",
+    "maximum", "minimum", "fmod", "remainder", "where", "masked_fill", "relu", "relu6", "gelu", "silu", "mish", "elu", "selu",
+    "celu", "leaky_relu", "hardtanh", "hardsigmoid", "hardswish", "softplus", "softsign", "logsigmoid", "log_sigmoid",
+    "tanhshrink", "threshold", "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "neg",
+    "abs", "sign", "sin", "cos", "erf", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "round", "floor", "ceil", "lerp",
+    "addcmul", "addcdiv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "logical_and", "logical_or", "logical_not",
+    "bitwise_not", "bitwise_and", "bitwise_or", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout",
+    "alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "float", "double", "half",
+    "bfloat16", "type", "type_as", "lift_fresh_copy", "_to_copy", "requires_grad", "zeros_like", "ones_like", "positive",
+    "identity",
+]  # fmt: skip
 _RESHAPE = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as ravel".split()  # noqa: SIM905
 
 
