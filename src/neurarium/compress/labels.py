@@ -148,15 +148,19 @@ class Labels(fx.Interpreter):
         return value
 
     def _call(self, n: fx.Node, args: Any, kwargs: Any, value: Any) -> Any:
-        if n.op == "call_module":
-            module = self.fetch_attr(n.target)
-            name, rule = f"{type(module).__name__} {n.target}", self.leaves.get(type(module))
-            computed = isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
-            tags = rule(self, module, n.target, Call(args, kwargs, value)) if rule and not computed else None
-        else:
-            name = n.target if isinstance(n.target, str) else operation(n.target)
-            rule = self.rule(name)
-            tags = rule(self, Call(args, kwargs, value)) if rule else None
+        call = Call(args, kwargs, value)
+        try:
+            if n.op == "call_module":
+                module = self.fetch_attr(n.target)
+                name, rule = f"{type(module).__name__} {n.target}", self.leaves.get(type(module))
+                computed = isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
+                tags = rule(self, module, n.target, call) if rule and not computed else None
+            else:
+                name = n.target if isinstance(n.target, str) else operation(n.target)
+                rule = self.rule(name)
+                tags = rule(self, call) if rule else None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a use that the rule did not expect
+            tags = None
         if tags is None or [t.shape for t in tagged(tags)] != [tuple(v.shape) for v in _leaves(value) if isinstance(v, Tensor)]:
             for t in tagged((args, kwargs)):
                 for labels in t.labels:
