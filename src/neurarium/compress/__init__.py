@@ -8,9 +8,11 @@ from neurarium.compress.attention import SelfAttention
 from neurarium.compress.bit_plan import BitPlan
 from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
 from neurarium.compress.calibrate import InputStats, calibrate
+from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.gpt import GPT
+from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
@@ -29,6 +31,9 @@ __all__ = [
     "NM",
     "BitPlan",
     "Block",
+    "ChannelGraph",
+    "ChannelPlan",
+    "Cost",
     "Dyadic",
     "FisherOperator",
     "Group",
@@ -49,6 +54,7 @@ __all__ = [
     "Unstructured",
     "affine_grid",
     "apply",
+    "apply_channels",
     "apply_ranks",
     "calibrate",
     "chita",
