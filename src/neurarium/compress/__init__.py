@@ -24,6 +24,16 @@ from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste,
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.rank_plan import RankPlan
+from neurarium.compress.runtime import (
+    BlockSparse,
+    GroupSparse,
+    Int8Sparse,
+    SparseLinear,
+    choose,
+    load_sparse,
+    to_dense_runtime,
+    to_sparse_runtime,
+)
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 
 __all__ = [
@@ -31,13 +41,16 @@ __all__ = [
     "NM",
     "BitPlan",
     "Block",
+    "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
     "Cost",
     "Dyadic",
     "FisherOperator",
     "Group",
+    "GroupSparse",
     "InputStats",
+    "Int8Sparse",
     "Layout",
     "LinearView",
     "LowRankConv2d",
@@ -48,6 +61,7 @@ __all__ = [
     "Pattern",
     "RankPlan",
     "SelfAttention",
+    "SparseLinear",
     "SparseSolution",
     "TransformerBlocks",
     "UniformGrid",
@@ -59,6 +73,7 @@ __all__ = [
     "calibrate",
     "chita",
     "chita_pp",
+    "choose",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
@@ -70,6 +85,7 @@ __all__ = [
     "fold",
     "global_threshold",
     "knapsack_dp",
+    "load_sparse",
     "low_rank",
     "magnitude",
     "milp",
@@ -88,6 +104,8 @@ __all__ = [
     "sparsegpt",
     "svd_curve",
     "symmetric_grid",
+    "to_dense_runtime",
+    "to_sparse_runtime",
     "unfold",
     "uniform",
     "unpack",
