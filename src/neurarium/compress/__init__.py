@@ -6,6 +6,7 @@ the new module of it. So one paper's plan goes with another's executor.
 
 from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
 from neurarium.compress.bit_plan import BitPlan
+from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
@@ -18,6 +19,7 @@ from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fix
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
+from neurarium.compress.taylor import taylor
 
 __all__ = [
     "NM",
@@ -34,6 +36,7 @@ __all__ = [
     "Pattern",
     "RankPlan",
     "SparseSolution",
+    "TraceReport",
     "UniformGrid",
     "Unstructured",
     "affine_grid",
@@ -50,6 +53,8 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "hessian_trace",
+    "hutchinson_trace",
     "knapsack_dp",
     "low_rank",
     "magnitude",
@@ -66,6 +71,7 @@ __all__ = [
     "sparse_quadratic",
     "svd_curve",
     "symmetric_grid",
+    "taylor",
     "unfold",
     "uniform",
     "unpack",
