@@ -9,6 +9,7 @@ from neurarium.compress.bit_plan import BitPlan
 from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
+from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.gpt import GPT
@@ -35,6 +36,7 @@ from neurarium.compress.runtime import (
     to_sparse_runtime,
 )
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
+from neurarium.compress.taylor import taylor
 
 __all__ = [
     "GPT",
@@ -63,6 +65,7 @@ __all__ = [
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
@@ -84,6 +87,8 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "hessian_trace",
+    "hutchinson_trace",
     "knapsack_dp",
     "load_sparse",
     "low_rank",
@@ -104,6 +109,7 @@ __all__ = [
     "sparsegpt",
     "svd_curve",
     "symmetric_grid",
+    "taylor",
     "to_dense_runtime",
     "to_sparse_runtime",
     "unfold",
