@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.autograd.functional import hessian
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from neurarium.compress import hessian_trace, hutchinson_trace, taylor
@@ -25,7 +26,7 @@ def _exact(model: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
     params = dict(model.named_parameters())
     loss = lambda w: F.cross_entropy(functional_call(model, {**params, name: w}, (x,)), y)  # noqa: E731
     size = params[name].numel()
-    return hessian(loss)(params[name].detach()).reshape(size, size)
+    return hessian(loss, params[name].detach()).reshape(size, size)
 
 
 def test_traces_agree_with_the_exact_hessian_within_their_errors() -> None:
@@ -35,7 +36,7 @@ def test_traces_agree_with_the_exact_hessian_within_their_errors() -> None:
     names = ["0.weight", "2.weight"]
     blocks = {"parameter": (24, 18), "channel": (6, 3), "layer": (1, 1)}
     for per, sizes in blocks.items():
-        report = hessian_trace(model, [(x[:25], y[:25]), (x[25:], y[25:])], names=names, per=per, probes=200, chunk=16)
+        report = hessian_trace(model, [(x[:25], y[:25]), (x[25:], y[25:])], names=names, per=per, probes=100, chunk=25)
         outside = 0
         for name, size in zip(names, sizes, strict=True):
             diagonal = _exact(model, x, y, name).diagonal()
@@ -44,7 +45,7 @@ def test_traces_agree_with_the_exact_hessian_within_their_errors() -> None:
             assert z.abs().max() < 4
             outside += int((z.abs() > 2).sum())
         assert outside <= 1 + 0.1 * sum(sizes)
-        assert report.probes == 200
+        assert report.probes == 100
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -68,12 +69,12 @@ def test_standard_error_is_that_of_the_off_diagonal() -> None:
     matrix = half @ half.T
     w = torch.randn(8, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
     report = hutchinson_trace(
-        lambda: w @ matrix @ w / 2, {"w": w}, probes=4000, per="parameter", generator=torch.Generator().manual_seed(0)
+        lambda: w @ matrix @ w / 2, {"w": w}, probes=1500, per="parameter", generator=torch.Generator().manual_seed(0)
     )
     off = matrix - torch.diag(matrix.diagonal())
-    torch.testing.assert_close(report.stderr["w"] * 4000**0.5, off.square().sum(1).sqrt(), rtol=0.05, atol=0)
-    layer = hutchinson_trace(lambda: w @ matrix @ w / 2, {"w": w}, probes=4000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer.stderr["w"] * 4000**0.5, (2 * off.square().sum()).sqrt(), rtol=0.1, atol=0)
+    torch.testing.assert_close(report.stderr["w"] * 1500**0.5, off.square().sum(1).sqrt(), rtol=0.1, atol=0)
+    layer = hutchinson_trace(lambda: w @ matrix @ w / 2, {"w": w}, probes=1500, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer.stderr["w"] * 1500**0.5, (2 * off.square().sum()).sqrt(), rtol=0.1, atol=0)
 
 
 def test_a_diagonal_hessian_is_exact_with_one_probe_and_stops_early() -> None:
