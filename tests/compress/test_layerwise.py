@@ -140,8 +140,8 @@ def test_on_correlated_inputs_the_output_error_falls_from_one_to_the_next(patter
     if kind == "linear":
         layer, x = nn.Linear(32, 24), correlated(400, 32, seed=5).float() * torch.linspace(0.1, 3, 32)
     else:
-        layer = nn.Conv2d(4, 24, (2, 4))
-        x = nn.functional.avg_pool2d(torch.randn(20, 4, 20, 20), 3, 1) * torch.tensor([0.1, 0.5, 1, 3]).view(4, 1, 1)
+        layer = nn.Conv2d(8, 24, (1, 2))  # four consecutive columns are two taps of two channels
+        x = nn.functional.avg_pool2d(torch.randn(20, 8, 20, 20), 3, 1) * torch.linspace(0.1, 3, 8).view(8, 1, 1)
     sparsity = 0.5
     dense = layer(x)
     errors = {}
