@@ -11,6 +11,7 @@ from neurarium.learn.feedback import DFA, RandomFeedback
 from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, evaluate, load_checkpoint, save_checkpoint
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.generate import IGPG, TaskConditioner, WeightGPT
+from neurarium.learn.graph_forward import GraphForward, GraphLayers
 from neurarium.learn.grow import ExpandableCNN, NaturalExpansion, SelfExpanding, insert_identity_conv, natural_expansion_score, widen_conv
 from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
@@ -21,9 +22,11 @@ from neurarium.learn.noprop import NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
 from neurarium.learn.orthogonal import ROOT, Muon, matrix_groups, newton_schulz
 from neurarium.learn.parametrize import MuAdam, MuSGD, attention_scale, mup_, mup_groups
 from neurarium.learn.photonic import OPU
+from neurarium.learn.physical import PhysicalChain, PhysicalForwardForward, PhysicalLayer, PhysicsAware, fit_twin
 from neurarium.learn.predictive import HGF, HGFLearner, HGFNetwork, adapt_structure, surprise
 from neurarium.learn.predictive_coding import PredictiveCoding, PredictiveCodingMLP
 from neurarium.learn.private_feedback import DPSGD, PrivateDFA, epsilon
+from neurarium.learn.scattering import Metasurface, RandomScattering
 from neurarium.learn.schedule import CyclicalMomentum, HessianFreeLR, OneCycle, RangeTest, lr_range_test
 from neurarium.learn.sweep import best_rate, sweep
 from neurarium.learn.two_stage import OIGBP, OIGHWO, OWOBP, OWOHWO, TwoLayerMLP, TwoStage, levenberg_marquardt
@@ -54,6 +57,8 @@ __all__ = [
     "EarlyStopping",
     "ExpandableCNN",
     "ForwardForward",
+    "GraphForward",
+    "GraphLayers",
     "GumbelVQ",
     "HGFLearner",
     "HGFNetwork",
@@ -64,6 +69,7 @@ __all__ = [
     "LocalLearner",
     "LocalObjective",
     "MeanSubtraction",
+    "Metasurface",
     "MonoForward",
     "MuAdam",
     "MuSGD",
@@ -77,10 +83,15 @@ __all__ = [
     "OneCycle",
     "OutputPenalty",
     "Parametrization",
+    "PhysicalChain",
+    "PhysicalForwardForward",
+    "PhysicalLayer",
+    "PhysicsAware",
     "PredictiveCoding",
     "PredictiveCodingMLP",
     "PrivateDFA",
     "RandomFeedback",
+    "RandomScattering",
     "RangeTest",
     "Readout",
     "Recipe",
@@ -105,6 +116,7 @@ __all__ = [
     "epsilon",
     "evaluate",
     "feature_diversity",
+    "fit_twin",
     "gradient_alignment",
     "infer_shapes",
     "insert_identity_conv",

@@ -61,7 +61,7 @@ class WeightGPT(nn.Module):
         n = tokens.shape[1]
         h = torch.cat([self.condition(condition)[:, None], self.embed(tokens) + self.position.weight[start : start + n]], 1)
         mask = torch.full((n + 1, n + 1), float("-inf"), dtype=h.dtype, device=h.device).triu(1)
-        return self.out(self.body(h, mask))
+        return self.out(self.body(h, mask, is_causal=True))
 
     @torch.no_grad()
     def sample(

@@ -14,9 +14,10 @@ parameters grows the network if ``(eta'/p') exp(-lam ((p' - p)/p)^2) > tau eta/p
 score; the score itself: Mitchell et al., arXiv 2307.04526.
 
 *Departures.* An inserted layer is a Dirac convolution and a PReLU of slope 1, because a LeakyReLU after a LeakyReLU is not an identity,
-nor is batch normalisation in training. New channels begin at the size of the old ones and their outgoing weights at zero; the paper
-gives all of them 1e-4 noise. So growth is exact. Scores are compared per parameter: eta itself grows with p, but by so little for a
-small addition that a factor of 2 is out of reach. The penalty's scale is not given in the paper; here the increase is relative.
+nor is batch normalisation in training. New channels come as twins with opposite outgoing weights, of the size of the old ones; the paper
+gives all of them 1e-4 noise. So growth is exact, and every new weight has a gradient. Scores are compared per parameter: eta itself grows
+with p, but by so little for a small addition that a factor of 2 is out of reach. The penalty's scale is not given in the paper; here the
+increase is relative, and ``lam`` is 0 because a comparison per parameter has a price already.
 
 *Cost.* A decision scores the network and two candidates a block: one gradient a sample each (``"sample"``), or one a batch.
 """
@@ -71,7 +72,7 @@ def natural_expansion_score(
     *,
     loss: str | Loss = "cross_entropy",
     fisher: str = "sample",
-    damping: float = 1e-5,
+    damping: float = 1e-8,
 ) -> NaturalExpansion:
     """The natural expansion score of a model on some batches, in eval mode; nothing of the model is changed.
 
@@ -147,7 +148,7 @@ PASSING_NAMES = {
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "interpolate", "contiguous",
 }  # fmt: skip
 ACTING = (nn.BatchNorm2d, nn.PReLU, *PASSING[:10])
-Places = tuple[Tensor, int]  # where the old channels are among the new ones, and how many those are
+Places = tuple[Tensor, Tensor]  # places of the old entries along an axis; for every entry, its new channel's number or -1 if it is old
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,10 @@ def _insert(model: nn.Module, at: str, channels: int, kernel: int, noise: float,
 
 
 def widen_conv(model: nn.Module, at: str, by: int, *, example: Any, std: float | None = None, seed: int = 0) -> nn.Module:
-    """A copy of the model whose convolution ``at`` has ``by`` more output channels; the function is exactly the same.
+    """A copy of the model whose convolution ``at`` has ``by`` more output channels; the function is the same, to rounding.
 
-    Normalisation, activations, pooling, flattening and concatenation behind it are followed to the layers that read the channels, whose
-    new weights are zero.
+    Normalisation, activations, pooling, flattening and concatenation behind it are followed to the layers that read the channels. The new
+    channels are pairs of twins, which those layers read with opposite weights; an odd one is read with weight zero.
 
     Args:
         example: an input, for the shapes.
@@ -296,19 +297,25 @@ def _widen(model: nn.Module, at: str, by: int, example: Any, std: float | None, 
     swaps: Swaps = []
     device = conv.weight.device
     with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
         size = float(conv.weight.square().mean().sqrt()) if std is None else std
-        fresh = size * torch.randn(by, *conv.weight.shape[1:], generator=torch.Generator().manual_seed(seed)).to(conv.weight)
+        fresh = size * torch.randn(by, *conv.weight.shape[1:], generator=generator).to(conv.weight)
+        fresh[1::2] = fresh[: by - by % 2 : 2]
         old = torch.arange(conv.out_channels, device=device)
         _resize(conv, "weight", 0, old, torch.cat([torch.zeros_like(conv.weight), fresh]), swaps)
         if conv.bias is not None:
             _resize(conv, "bias", 0, old, conv.bias.new_zeros(conv.out_channels + by), swaps)
         conv.out_channels += by
-        for name, (kept, total) in edits.items():
-            module, kept = modules[name], kept.to(device)
+        for name, (kept, channel) in edits.items():
+            module, kept, total = modules[name], kept.to(device), len(channel)
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                shape = list(module.weight.shape)
-                shape[1] = total
-                _resize(module, "weight", 1, kept, module.weight.new_zeros(shape), swaps)
+                weight = module.weight.new_zeros(module.weight.shape[0], total, *module.weight.shape[2:])
+                size = float(module.weight.square().mean().sqrt())
+                for pair in range(by // 2):  # what one adds, its twin takes away
+                    one, two = (torch.nonzero(channel == c)[:, 0].to(device) for c in (2 * pair, 2 * pair + 1))
+                    weight[:, one] = size * torch.randn(weight[:, one].shape, generator=generator).to(weight)
+                    weight[:, two] = -weight[:, one]
+                _resize(module, "weight", 1, kept, weight, swaps)
                 setattr(module, "in_channels" if isinstance(module, nn.Conv2d) else "in_features", total)
                 continue
             for part, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
@@ -341,7 +348,7 @@ def _follow(
     if module is modules[at] and module is not None:
         if inputs or any(modules[n.target] is module for n in places if n.op == "call_module"):
             raise UnsupportedModel("is used twice, so its channels cannot grow", module=at)
-        places[node] = torch.arange(channels), channels + by
+        places[node] = torch.arange(channels), torch.cat([torch.full((channels,), -1), torch.arange(by)])
     elif not inputs:
         return
     elif node.op == "output":
@@ -357,16 +364,17 @@ def _follow(
     elif isinstance(module, (nn.PReLU, *PASSING)) or (module is None and (name in PASSING_NAMES or _spatial_mean(node, name))):
         places[node] = places[inputs[0]]
     elif (isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1) or (name == "flatten" and _from_one(node)):
-        kept, total = places[inputs[0]]
+        kept, fresh = places[inputs[0]]
         area = math.prod(shapes[inputs[0]][2:])
-        places[node] = (kept[:, None] * area + torch.arange(area)).flatten(), total * area
+        places[node] = (kept[:, None] * area + torch.arange(area)).flatten(), fresh.repeat_interleave(area)
     elif name in ("cat", "concat") and (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) == 1:
-        kept, total = [], 0
+        kept, fresh = [], []
         for part in node.args[0]:  # type: ignore[union-attr]
-            at_part, size = places.get(part, (torch.arange(shapes[part][1]), shapes[part][1]))
-            kept.append(at_part + total)
-            total += size
-        places[node] = torch.cat(kept), total
+            size = shapes[part][1]
+            of_part = places.get(part, (torch.arange(size), torch.full((size,), -1)))
+            kept.append(of_part[0] + sum(map(len, fresh)))
+            fresh.append(of_part[1])
+        places[node] = torch.cat(kept), torch.cat(fresh)
     else:
         raise UnsupportedModel(f"mixes or orders the channels of {at} in a way that is not known here", module=name)
 
@@ -460,10 +468,10 @@ class SelfExpanding(Learner):
     loss: str | Loss = "cross_entropy"
     optimizer: Callable[..., Optimizer] = ADAM
     schedule: Callable[[Optimizer], Any] | None = None
-    fisher: str = "batch"
-    damping: float = 1e-5
+    fisher: str = "sample"
+    damping: float = 1e-8
     tau: float | None = None
-    lam: float = 1.0
+    lam: float = 0.0
     add_channels: int = 2
     cooldown: int = 10
     max_per_block: int = 10

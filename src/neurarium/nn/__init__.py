@@ -6,7 +6,18 @@ once: put the layer into an existing model (:mod:`.replace`), keep the scale of 
 (:mod:`.autograd`)."""
 
 from neurarium.nn.autograd import assert_gradients, exact_function
+from neurarium.nn.entropy import (
+    EntropyAttention,
+    EntropyNet,
+    RangeEntropy,
+    attention_calls,
+    attention_range_entropy,
+    halfspace_entropy,
+    range_entropy_attention,
+    soft_entropy,
+)
 from neurarium.nn.features import RFF, URF, ArcCos, Poly, PositiveExp, RandomFeatures, orthogonal_gaussian
+from neurarium.nn.hull import instance_optimal_hull
 from neurarium.nn.hyperbolic import PMLR, PBatchNorm, PConv2d, PLinear, PoincareBall, PoincareResNet, PResidual, frechet_mean, hyperbolic
 from neurarium.nn.hypercomplex import (
     PadChannels,
@@ -32,6 +43,8 @@ __all__ = [
     "RFF",
     "URF",
     "ArcCos",
+    "EntropyAttention",
+    "EntropyNet",
     "HaarDWT2d",
     "HaarIDWT2d",
     "KernelConv2d",
@@ -51,6 +64,7 @@ __all__ = [
     "PositiveExp",
     "QuaternionConv2d",
     "RandomFeatures",
+    "RangeEntropy",
     "ReplaceReport",
     "Replaced",
     "Rule",
@@ -63,6 +77,8 @@ __all__ = [
     "WaveMixLite",
     "algebra",
     "assert_gradients",
+    "attention_calls",
+    "attention_range_entropy",
     "bundle",
     "decay_groups",
     "dense",
@@ -72,15 +88,19 @@ __all__ = [
     "frechet_mean",
     "fully_bundle",
     "gain_",
+    "halfspace_entropy",
     "hyperbolic",
     "hypercomplex",
     "idwt1",
     "idwt2",
+    "instance_optimal_hull",
     "kernelise",
     "kronecker_factors",
     "orthogonal_gaussian",
+    "range_entropy_attention",
     "replace_layers",
     "signal_report",
+    "soft_entropy",
     "wave_mixing",
     "wavelet_filters",
 ]

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.counter_current import CounterCurrent
 from neurarium.learn.feedback import DFA
 from neurarium.learn.fit import Backprop, evaluate
@@ -62,7 +61,7 @@ LABELS = {
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(512, 5000), standardise=True)
     train, test = task.train.to(trial.device), task.test.to(trial.device).batches(1000, shuffle=False)
     epochs, width = trial.scale(smoke=(1, 32), laptop=(8, 256))
     probe, watched = train[:256], data.TensorData(*task.test[:1000]).to(trial.device).batches(1000, shuffle=False)
@@ -93,25 +92,6 @@ def run(trial: Trial) -> None:
         if levels:
             arm.log(level_accuracy=levels[-1])
             arm.grid("levels", np.array(levels).T[::-1])  # the output's level on top
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """Standardised MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        task = data.images(
-            "mnist", train=trial.scale(smoke=512, laptop=5000), test=trial.scale(smoke=300, laptop=None), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=512, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        task = replace(task, train=framed[0], test=framed[1])
-    mean, std = task.train.x.mean(), task.train.x.std()
-    return replace(
-        task,
-        train=data.TensorData((task.train.x - mean) / std, task.train.y),
-        test=data.TensorData((task.test.x - mean) / std, task.test.y),
-    )
 
 
 def mlp(width: int, hidden: int) -> nn.Sequential:

@@ -10,15 +10,14 @@ trained in one vectorised loop. Losses are training losses, mean of the last 15 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import first_batches, images
 from neurarium.learn.depth import MeanSubtraction, depth_mup_, feature_diversity
 from neurarium.learn.parametrize import infer_shapes, mup_groups
 from neurarium.learn.sweep import best_rate, sweep
@@ -41,7 +40,7 @@ LABELS = {
 
 
 def run(trial: Trial) -> None:
-    train = flat(images(trial), trial)
+    train = flat(images(trial, train=(600, 4000)), trial)
     steps = trial.scale(smoke=3, laptop=60)
     for arm in trial.arms(*EXPONENTS):
         depths = trial.scale(smoke=(4, 8), laptop=TWO if arm.name == "two_layers" else DEPTHS)
@@ -52,7 +51,8 @@ def run(trial: Trial) -> None:
             alpha, gamma = EXPONENTS[arm.name]
             branches = [f"blocks.{i}.branch" for i in range(depth)]
             shapes = depth_mup_(model, infer_shapes(model), branches, block_exponent=alpha, lr_exponent=gamma)
-            losses, params = sweep([model], lambda m, s=shapes: mup_groups(m, s, 1.0), RATES, batches(train, steps, trial.seed))
+            batches = first_batches(train, BATCH, steps, trial.seed)
+            losses, params = sweep([model], lambda m, s=shapes: mup_groups(m, s, 1.0), RATES, batches)
             last = losses[0, :, -LAST:].double().mean(-1).cpu().numpy()
             curves[depth] = np.where(last < 4, last, np.inf)
             arm.curve(f"depth{depth}", x=np.log2(RATES), y=np.minimum(curves[depth], 100.0))
@@ -114,31 +114,10 @@ def drift(narrow: np.ndarray, deep: np.ndarray) -> float:
     return abs(float(np.log2(best_rate(RATES, deep) / best_rate(RATES, narrow))))
 
 
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images("mnist", train=trial.scale(smoke=600, laptop=4000), size=14, seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=600, laptop=None), seed=trial.seed)
-        return replace(task, train=data.TensorData(nn.functional.pad(task.train.x, (3, 3, 3, 3)), task.train.y))
-
-
 def flat(task: data.ImageTask, trial: Trial) -> data.TensorData:
     """Flat images with mean 0 and deviation 1 over all pixels."""
     x = ((task.train.x - task.train.x.mean()) / task.train.x.std()).flatten(1)
     return data.TensorData(x.to(trial.device), task.train.y.to(trial.device))
-
-
-def batches(train: data.TensorData, steps: int, seed: int) -> Any:
-    """``steps`` batches; the same for every depth and arm."""
-    epochs, done = train.batches(BATCH, seed=seed, drop_last=True), 0
-    while True:
-        for batch in epochs:
-            if done == steps:
-                return
-            done += 1
-            yield batch
 
 
 def figure(record: RecordView, fig: Figure) -> None:

@@ -9,7 +9,7 @@ a search each, charged for every step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.balance import First, Recipe, balance_search
 from neurarium.learn.fit import Diverged, evaluate
 from neurarium.learn.schedule import OneCycle
@@ -48,7 +48,7 @@ class Settings:
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(400, 4000), test=(200, 5000))
     val, train = task.train.split(trial.scale(smoke=100, laptop=1000), seed=trial.seed)
     val, train, test = (flat(part.to(trial.device)) for part in (val, train, task.test))
     steps = trial.scale(smoke=4, laptop=120)
@@ -84,18 +84,6 @@ def run(trial: Trial) -> None:
             arm.curve("loss", x=peaks.log10().tolist(), y=found[0].clamp(max=3).nan_to_num(3).tolist())
         else:
             searched(arm, trial, train, val, test)
-
-
-def images(trial: Trial) -> data.ImageTask:
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=400, laptop=4000), test=trial.scale(smoke=200, laptop=5000), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=400, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
 
 
 def flat(part: data.TensorData) -> data.TensorData:

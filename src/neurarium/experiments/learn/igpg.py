@@ -1,9 +1,9 @@
 """Networks written code by code: a zoo of small classifiers of 8x8 digits, and what can be drawn from it.
 
 The zoo has three architectures, three tasks (digits upright, turned, or with exchanged labels) and four families of initialisations; a
-fourth task is held out. Within a task the families are different solutions, so codes drawn place by place do not fit
-together. Baselines: the same codes drawn independently at each place, the same prior without the task, the task's mean weights, a network
-of the zoo plus noise (it only remembers), a random initialisation.
+fourth task is held out. Within a task the families are different solutions, so codes drawn place by place do not fit together.
+Baselines: the same codes drawn independently at each place, the same prior without the task, the task's mean weights, a network of the
+zoo plus noise (it only remembers), a random initialisation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 CHUNK, CODES, TOKENS, NOISE, TEMPERATURE = 64, 768, 1, 0.02, 0.7
-RATES, FINE = (3e-3, 1e-2), (0, 3, 6, 12, 24, 45)  # 45 steps of 32 images are one epoch
+RATES, FINE = (3e-3, 1e-2, 3e-2, 1e-1), (0, 3, 6, 12, 24, 45)  # 45 steps of 32 images are one epoch
 ARCHITECTURES = {
     "mlp 64 4 10": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10)),
     "mlp 64 16 10": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)),
@@ -49,9 +49,10 @@ def run(trial: Trial) -> None:
     tasks = digits(trial.seed)
     known = {name: t for name, t in tasks.items() if name != HELD_OUT}
     nets = trial.scale(smoke=1, laptop=8)
-    zoo = trial.shared("zoo", lambda: model_zoo(makers(trial), known, nets=nets, steps=trial.scale(smoke=15, laptop=250), seed=trial.seed))
+    zoo = trial.shared("zoo", lambda: model_zoo(makers(trial), known, nets=nets, steps=trial.scale(smoke=5, laptop=250), seed=trial.seed))
     model, losses = trial.shared("igpg", lambda: fitted(zoo, tasks, trial))
     cells = [Instruction(task, a) for a in makers(trial) for task in known]
+    rates = trial.scale(smoke=RATES[:1], laptop=RATES)
     count, generator = trial.scale(smoke=2, laptop=8), torch.Generator().manual_seed(trial.seed)
 
     for arm in trial.arms(*ARMS):
@@ -73,7 +74,7 @@ def run(trial: Trial) -> None:
         if arm.name in ("igpg", "random_init", "task_mean"):
             asked = [Instruction(HELD_OUT, a) for a in makers(trial)]
             starts = {c: draw(arm.name, source, zoo, c, count, generator) for c in asked}
-            fine = np.mean([fine_tuned(c, starts[c], tasks[HELD_OUT], trial.seed) for c in asked], axis=0)
+            fine = np.mean([fine_tuned(c, starts[c], tasks[HELD_OUT], rates, trial.seed) for c in asked], axis=0)
             arm.log(held_out=fine[0], held_out_epoch=fine[-1])
             arm.curve("held_out", x=list(FINE), y=fine)
 
@@ -169,10 +170,10 @@ def used(model: IGPG, zoo: list[ZooNet]) -> float:
     return float((-(p * p.log()).sum()).exp())
 
 
-def fine_tuned(cell: Instruction, states: list, task: tuple, seed: int) -> list[float]:
+def fine_tuned(cell: Instruction, states: list, task: tuple, rates: tuple, seed: int) -> list[float]:
     """Test accuracy after each number of steps in FINE, at the rate that fits the training images best after the last."""
     module, best = ARCHITECTURES[cell.architecture](), (-1.0, [])
-    for lr in RATES:
+    for lr in rates:
         runs = [states if not s else train_many(module, states, [task[0]] * len(states), steps=s, lr=lr, seed=seed) for s in FINE]
         fit = accuracies(module, runs[-1], task[0]).mean().item()
         best = max(best, (fit, [accuracies(module, r, task[1]).mean().item() for r in runs]), key=lambda b: b[0])
@@ -199,7 +200,8 @@ def figure(record: RecordView, fig: Figure) -> None:
     for a in ("igpg", "task_mean", "random_init"):
         curves = record.curves(a, "held_out")
         y = 100 * np.array([c[1] for c in curves])
-        tuning.errorbar(curves[0][0], y.mean(0), y.std(0), marker="o", capsize=3, color=COLOURS[a], label=LABELS[a])
+        name = "mean of the zoo" if a == "task_mean" else LABELS[a]
+        tuning.errorbar(curves[0][0], y.mean(0), y.std(0), marker="o", capsize=3, color=COLOURS[a], label=name)
     tuning.set(xlabel="steps of 32 images (45 are one epoch)", ylabel="test accuracy (%)", title="A task that the zoo does not hold")
     tuning.legend(fontsize=8)
     for ax in (scatter, tuning):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.feedback import DFA, RandomFeedback, ternarise
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.learn.local import gradient_alignment
@@ -52,7 +52,7 @@ VARIANTS = {  # arm: the rule, and whose learning rate it takes
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(256, 5000), test=(200, None))
     test = task.test.to(trial.device).batches(1000, shuffle=False)
     val, train = task.train.to(trial.device).split(len(task.train) // 5, seed=trial.seed)
     batches, watched = train.batches(BATCH, seed=trial.seed), train[:256]
@@ -80,19 +80,6 @@ def run(trial: Trial) -> None:
             frames = float(history.state["parts"]["feedback"]["frames"])
             noise = rule.projector.keywords["noise"]
             arm.log(frames=frames, optical_seconds=frames / 1500, noise=noise, snr=signal_to_noise(rule, width, watched))
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=256, laptop=5000), test=trial.scale(smoke=200, laptop=None), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=256, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
 
 
 def mlp(width: int, train: data.TensorData, frozen: bool = False) -> nn.Sequential:

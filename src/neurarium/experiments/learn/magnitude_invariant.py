@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
-from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.hyper import HyperNetwork
 from neurarium.learn.hyper_probes import magnitude_probe
 
@@ -41,7 +40,7 @@ COLOURS = dict(zip(LABELS, ("#000000", "#0072B2", "#E69F00", "#D55E00", "#999999
 
 
 def run(trial: Trial) -> None:
-    train, val, test = (x.to(trial.device) for x in images(trial))
+    train, val, test = (x.to(trial.device) for x in parts_of(trial))
     steps = trial.scale(smoke=20, laptop=300)
     levels = torch.linspace(0.02, 1, trial.scale(smoke=5, laptop=25), device=trial.device)[:, None]
     for arm in trial.arms(*ARMS):
@@ -66,14 +65,9 @@ def run(trial: Trial) -> None:
             arm.curve("norm", levels[:, 0].cpu(), torch.cat([w.flatten(1) for w in made.values() if w.ndim > 2], 1).norm(dim=1).cpu())
 
 
-def images(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
+def parts_of(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """Training, validation, test images."""
-    try:
-        train, test = trial.scale(smoke=(400, 50), laptop=(4000, 300))
-        task = data.images("mnist", train=train, test=test, size=14, seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8) instead of MNIST, which is not here")
-        task = data.images("digits", seed=trial.seed)
+    task = images(trial, train=(400, 4000), test=(50, 300))
     val, train = task.train.split(48, seed=trial.seed)
     return train.x, val.x, task.test.x
 

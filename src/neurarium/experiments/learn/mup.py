@@ -10,7 +10,6 @@ compares with a direct search there. Losses are training losses, mean of the las
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Adam
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import first_batches, images
 from neurarium.learn.coordinates import coordinate_check
 from neurarium.learn.parametrize import infer_shapes, mup_, mup_groups
 from neurarium.learn.sweep import best_rate, sweep
@@ -38,7 +37,7 @@ LABELS = {"sp": "standard", "mup": "muP", "mup_plain": "muP, multiplier 1", "mup
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(600, 4000), test=(300, 4000))
     x, test = normalised(task)
     train = data.TensorData(x.to(trial.device), task.train.y.to(trial.device))
     steps = trial.scale(smoke=4, laptop=60)
@@ -49,7 +48,7 @@ def run(trial: Trial) -> None:
         tried = []
         for alpha in ALPHAS[arm.name]:
             model = made(arm.name, widths[0], 1, alpha, 1000 * trial.seed, trial.device)
-            losses, _ = sweep([model], rates_of(arm.name, 1, alpha), RATES, batches(train, steps, trial.seed))
+            losses, _ = sweep([model], rates_of(arm.name, 1, alpha), RATES, first_batches(train, BATCH, steps, trial.seed))
             tried.append((final(losses)[0], alpha))
         curves[widths[0]], alpha = min(tried, key=lambda t: t[0].min())
         base_rate = RATES[int(curves[widths[0]].argmin())]
@@ -57,7 +56,7 @@ def run(trial: Trial) -> None:
             m = width / widths[0]
             rates = RATES if width < widths[-1] else WIDE_RATES
             model = made(arm.name, width, m, alpha, 1000 * trial.seed, trial.device)
-            losses, params = sweep([model], rates_of(arm.name, m, alpha), rates, batches(train, steps, trial.seed))
+            losses, params = sweep([model], rates_of(arm.name, m, alpha), rates, first_batches(train, BATCH, steps, trial.seed))
             curves[width] = final(losses)[0]
         best = int(curves[widths[-1]].argmin())
         here = int(np.abs(np.log(np.divide(WIDE_RATES, base_rate))).argmin())  # the copied rate
@@ -78,19 +77,6 @@ def run(trial: Trial) -> None:
                 arm.curve(f"change_{layer}", x=found.widths, y=found.change[i, -1])
         flops = [meter.flops(made("sp", w, 1, 1, 0, trial.device), x[:1]) for w in (widths[0], widths[-1])]
         arm.log(tuning_share=len(ALPHAS[arm.name]) * len(RATES) * flops[0] / (len(WIDE_RATES) * flops[1]))
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=600, laptop=4000), test=trial.scale(smoke=300, laptop=4000), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=600, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(nn.functional.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
 
 
 def normalised(task: data.ImageTask) -> tuple[Tensor, Tensor]:
@@ -116,17 +102,6 @@ def rates_of(arm: str, m: float, alpha: float) -> Any:
     return lambda model: [{"params": list(model.parameters()), "lr": 1.0}]
 
 
-def batches(train: data.TensorData, steps: int, seed: int) -> Any:
-    """``steps`` batches; the same for every width and arm."""
-    epochs, done = train.batches(BATCH, seed=seed, drop_last=True), 0
-    while True:
-        for batch in epochs:
-            if done == steps:
-                return
-            done += 1
-            yield batch
-
-
 def final(losses: Tensor) -> np.ndarray:
     """Mean loss over the last steps, (models, rates); infinite where it diverged."""
     return losses[..., -LAST:].double().mean(-1).cpu().numpy()
@@ -148,7 +123,7 @@ def coordinates(arm: str, alpha: float, trial: Trial, train: data.TensorData) ->
         groups = rates_of(arm, m, alpha)(model)
         return model, Adam([{**g, "lr": g["lr"] * 2.0**-9} for g in groups])
 
-    return coordinate_check(make, widths, list(batches(train, 4, trial.seed)), steps=4)
+    return coordinate_check(make, widths, list(first_batches(train, BATCH, 4, trial.seed)), steps=4)
 
 
 def figure(record: RecordView, fig: Figure) -> None:

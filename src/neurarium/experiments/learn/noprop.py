@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.noprop import ADAMW, NoProp, NoPropCTNet, NoPropFMNet, NoPropNet
@@ -72,7 +71,7 @@ class Twin(NoPropNet):
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(512, 4000), test=(300, 3000))
     train, test = task.train.to(trial.device), task.test.to(trial.device)
     batches, shown = train.batches(BATCH, seed=trial.seed), test.batches(1000, shuffle=False)
     epochs, hidden = trial.scale(smoke=(1, 16), laptop=(4, 128))
@@ -124,19 +123,6 @@ def run(trial: Trial) -> None:
                 arm.log(saved_bytes=saved_bytes(rule, model, train))
             if arm.name != "one_block":
                 arm.log(accuracy_by_step=by_step[:: max(1, len(by_step) // 20)])
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=512, laptop=4000), test=trial.scale(smoke=300, laptop=3000), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=512, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, log
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.chain import as_chain
 from neurarium.learn.feedback import DFA
 from neurarium.learn.fit import Backprop, evaluate
@@ -78,7 +78,7 @@ RULES = {
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(256, 4000), test=(200, None))
     test = task.test.to(trial.device).batches(1000, shuffle=False)
     val, train = task.train.to(trial.device).split(len(task.train) // 5, seed=trial.seed)
     batches, watched = train.batches(BATCH, seed=trial.seed), train[:256]
@@ -142,25 +142,10 @@ class Audit:
         """
         d = float(torch.stack(self.gaps).sum(0).max()) / sigma**2
         ratio = d**0.5 * torch.randn(2, draws) + torch.tensor([[d / 2], [-d / 2]])
-        best = 0.0
-        for threshold in ratio[0].quantile(torch.linspace(0.01, 0.99, 50)).tolist():
-            hits, false = (int((r > threshold).sum()) for r in ratio)
-            tpr, fpr = beta.ppf(1e-3, hits, draws - hits + 1), beta.ppf(1 - 1e-3, false + 1, draws - false)
-            best = max(best, log(max(tpr - DELTA, 1e-12) / fpr))
-        return best
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=256, laptop=4000), test=trial.scale(smoke=200, laptop=None), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=256, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
+        thresholds = ratio[0].quantile(torch.linspace(0.01, 0.99, 50))
+        hits, false = ((r[:, None] > thresholds).sum(0).numpy() for r in ratio)
+        true_rate, false_rate = beta.ppf(1e-3, hits, draws - hits + 1), beta.ppf(1 - 1e-3, false + 1, draws - false)
+        return float(np.log(np.maximum(true_rate - DELTA, 1e-12) / false_rate).clip(0).max())
 
 
 def mlp(width: int, train: data.TensorData) -> nn.Sequential:

@@ -46,7 +46,7 @@ LABELS = {"hgf2": "volatility coupling", "flat": "none (Kalman)", "ewma": "EWMA 
 
 
 def run(trial: Trial) -> None:
-    series, steps, fits = trial.scale(smoke=(4, 30, 2), laptop=(12, 150, 14))
+    series, steps, fits = trial.scale(smoke=(4, 30, 2), laptop=(48, 150, 14))
     # each set: (training series, longer held-out series)
     generated = volatile_walks(2 * series, 2 * steps, trial.seed)
     sets = {"generator": (generated[:series, :steps], generated[series:])}

@@ -20,7 +20,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from neurarium import data
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.balance import First
 from neurarium.learn.fit import Backprop, Diverged, evaluate
 from neurarium.learn.schedule import HessianFreeLR, OneCycle, lr_range_test
@@ -65,7 +65,8 @@ class Setup:
 
 
 def run(trial: Trial) -> None:
-    setup = Setup(trial, *images(trial))
+    task = images(trial, "cifar10", train=(200, 12_000), test=(100, 4000), size=12, standardise=True)
+    setup = Setup(trial, task.train.to(trial.device), task.test.to(trial.device))
     steps, few = trial.scale(smoke=(2, 60), laptop=(200, 2000))
 
     for arm in trial.arms("multistep", "multistep_long", "onecycle", "onecycle_small", "constant_large", "estimate"):
@@ -101,19 +102,6 @@ def run(trial: Trial) -> None:
             )  # fmt: skip
             arm.log(suggestion=test.suggestion, lowest=test.lowest)
             arm.curve("range", x=np.log10(test.lrs), y=np.minimum(test.smoothed, 3))
-
-
-def images(trial: Trial) -> tuple[data.TensorData, data.TensorData]:
-    try:
-        task = data.images(
-            "cifar10", train=trial.scale(smoke=200, laptop=12_000), test=trial.scale(smoke=100, laptop=4000), size=12, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8) instead of CIFAR-10, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=200, laptop=None), seed=trial.seed)
-    mean, std = (getattr(task.train.x, name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
-    train, test = (data.TensorData((part.x - mean) / std, part.y).to(trial.device) for part in (task.train, task.test))
-    return train, test
 
 
 class Block(nn.Module):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from neurarium import data
-from neurarium.experiments.learn.depth_mup import Residual, batches, flat, images
+from neurarium.experiments.images import first_batches, images
+from neurarium.experiments.learn.depth_mup import BATCH, Residual, flat
 from neurarium.learn.depth import with_depth
 from neurarium.learn.parametrize import mup_, mup_groups
 from neurarium.learn.sweep import best_rate, sweep
@@ -38,7 +39,7 @@ NAMES = {"sgd": "SGD with momentum", "adam": "Adam", "muon": "Muon", "root": "RO
 
 
 def run(trial: Trial) -> None:
-    train = flat(images(trial), trial)
+    train = flat(images(trial, train=(600, 4000)), trial)
     steps = trial.scale(smoke=3, laptop=50)
     for arm in trial.arms(*(f"{rule}_{optimizer}" for optimizer in RATES for rule in RULES)):
         rule, optimizer = arm.name.split("_")
@@ -73,7 +74,7 @@ def losses(
     )  # fmt: skip
     mup_(model, shapes)
     groups = partial(mup_groups, shapes=shapes, lr=1.0, family=FAMILY[optimizer])
-    found, _ = sweep([model], groups, rates, batches(train, steps, trial.seed), optimizer=optimizer, momentum=0.9)
+    found, _ = sweep([model], groups, rates, first_batches(train, BATCH, steps, trial.seed), optimizer=optimizer, momentum=0.9)
     last = found[0, :, -LAST:].double().mean(-1).cpu().numpy()
     return np.where(last < 4, last, np.inf)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from neurarium import meter
-from neurarium.experiments.nn.recipes import COLOURS, RECIPES, fitted, images, width
+from neurarium.experiments.images import images
+from neurarium.experiments.nn.recipes import COLOURS, IMAGES, RECIPES, fitted, width
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -21,7 +22,7 @@ def run(trial: Trial) -> None:
     budgets = trial.scale(smoke=["small"], laptop=list(BUDGETS))
     for arm in trial.arms(*[f"{recipe}_{budget}" for budget in budgets for recipe in RECIPES]):
         recipe, budget = arm.name.rsplit("_", 1)
-        task = trial.shared("images", lambda: images(trial))
+        task = trial.shared("images", lambda: images(trial, **IMAGES))
         channels = width(recipe, BUDGETS[budget])
         model, accuracy = fitted(recipe, channels, task, trial, epochs=trial.scale(smoke=1, laptop=2))
         arm.log(accuracy=accuracy, params=meter.parameters(model), channels=channels, bytes=meter.stored_bytes(model))

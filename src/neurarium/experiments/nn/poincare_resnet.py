@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from neurarium import data, meter
 from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.nn.hyperbolic import PBatchNorm, PConv2d, PLinear, PoincareBall, PoincareBlock, PoincareResNet, frechet_mean
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def run(trial: Trial) -> None:
         arm.log_timed(linear_seconds_ratio=times["ours"] / times["flat"])
 
     for arm in trial.arms(*NETS):
-        task = trial.shared("images", lambda: images(trial))
+        task = trial.shared("images", lambda: images(trial, train=(64, 2048), test=(100, 1000)))
         options = NETS[arm.name]
         model = euclidean_twin() if options is None else PoincareResNet(CHANNELS, 8, 10, 0.1, in_channels=1, **options)
         model = model.to(trial.device)
@@ -149,16 +150,6 @@ def graph_nodes(out: Tensor) -> int:
     return len(seen)
 
 
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    size = trial.scale(smoke=(64, 100), laptop=(2048, 1000))
-    try:
-        return data.images("mnist", train=size[0], test=size[1], size=14, seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (resized to 14x14) instead of MNIST, which is not here")
-        return data.images("digits", train=min(size[0], 1280), test=min(size[1], 300), size=14, seed=trial.seed)
-
-
 def outliers(trial: Trial) -> dict[str, Tensor]:
     n = trial.scale(smoke=100, laptop=500)
     found = {"noise": torch.rand(n, 1, 14, 14, generator=trial.generator(), device=trial.device)}
@@ -166,7 +157,7 @@ def outliers(trial: Trial) -> dict[str, Tensor]:
         found["baybayin"] = 1 - data.baybayin(test=n, size=14, seed=trial.seed).test.x
     except MissingData:
         trial.stand_in("mirrored digits instead of Baybayin characters, which are not here")
-        found["baybayin"] = images(trial).test.x.flip(3)[:n]
+        found["baybayin"] = images(trial, train=(64, 2048), test=(100, 1000)).test.x.flip(3)[:n]
     return found
 
 

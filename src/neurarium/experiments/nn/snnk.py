@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.nn.features import URF, ArcCos
 from neurarium.nn.kernel_layer import KernelLinear, SNNKAdapter, bundle, fully_bundle
@@ -49,7 +49,7 @@ def run(trial: Trial) -> None:
 
     epochs = trial.scale(smoke=1, laptop=5)
     for arm in trial.arms(*NETS, *CLOSED):
-        task = trial.shared("images", lambda: mnist(trial))
+        task = trial.shared("images", lambda: images(trial, train=(500, 10_000), test=(300, 2000), size=trial.scale(smoke=14, laptop=28)))
         x, y = task.train.x.flatten(1).to(trial.device), task.train.y.to(trial.device)
         with arm.timed("fit_seconds"):
             if arm.name in NETS:
@@ -106,16 +106,6 @@ def pointwise(arm: str, sizes: list[int], draws: int, generator: torch.Generator
                 errors.append(((features.phi(x) * psi).sum(1) - exact).square().mean())
             found[name].append((torch.stack(errors).mean() / exact.square().mean()).sqrt().item())
     return found
-
-
-def mnist(trial: Trial) -> data.ImageTask:
-    """MNIST; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    size = trial.scale(smoke=(500, 300), laptop=(10_000, 2000))
-    try:
-        return data.images("mnist", train=size[0], test=size[1], size=trial.scale(smoke=14, laptop=None), seed=trial.seed)
-    except MissingData:
-        trial.stand_in("scikit-learn's digits instead of MNIST, which is not here")
-        return data.images("digits", size=14, seed=trial.seed)
 
 
 class LowRank(nn.Sequential):

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
-from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium import meter
+from neurarium.experiments.images import images
 from neurarium.learn.fit import Backprop, evaluate
 from neurarium.nn.wavemix import WaveMix, WaveMixLite
 
@@ -36,7 +36,7 @@ BATCH, DEPTHS = 64, (1, 2, 4)
 def run(trial: Trial) -> None:
     epochs = trial.scale(smoke=1, laptop=4)
     for arm in trial.arms(*ARMS):
-        task = trial.shared("images", lambda: images(trial))
+        task = trial.shared("images", lambda: images(trial, train=(128, 5000), test=(300, 4000)))
         model = network(arm.name).to(trial.device, memory_format=torch.channels_last)
         batches = task.train.to(trial.device).batches(BATCH, seed=trial.seed, drop_last=True)
         schedule = partial(OneCycleLR, max_lr=ARMS[arm.name], total_steps=epochs * len(batches))
@@ -57,17 +57,6 @@ def run(trial: Trial) -> None:
             outside, field = receptive_field(model.eval(), trial)
             arm.log(outside=outside)
             arm.grid("field", field)
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=128, laptop=5000), test=trial.scale(smoke=300, laptop=4000), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 enlarged to 14x14) instead of MNIST, which is not here")
-        return data.images("digits", size=14, seed=trial.seed)
 
 
 def network(arm: str) -> nn.Module:

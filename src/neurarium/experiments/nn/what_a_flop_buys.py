@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from neurarium import meter
-from neurarium.experiments.nn.recipes import COLOURS, RECIPES, fitted, images, width
+from neurarium.experiments.images import images
+from neurarium.experiments.nn.recipes import COLOURS, IMAGES, RECIPES, fitted, width
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -27,7 +28,7 @@ BUDGETS = (4_000, 8_000, 16_000, 32_000)
 
 def run(trial: Trial) -> None:
     for arm in trial.arms(*[recipe for recipe in RECIPES if recipe not in ("ph2", "ph3")]):
-        task = trial.shared("images", lambda: images(trial))
+        task = trial.shared("images", lambda: images(trial, **IMAGES))
         for budget in trial.scale(smoke=BUDGETS[:1], laptop=BUDGETS):
             channels = width(arm.name, budget)
             model, accuracy = fitted(arm.name, channels, task, trial, epochs=trial.scale(smoke=1, laptop=2))

@@ -16,7 +16,7 @@ __all__ = ["self_expanding"]
 
 
 def self_expanding() -> Example:
-    """It grows before the second epoch, whatever the score says."""
+    """It widens before the second epoch, whatever the score says; the names of weights stay as they are."""
 
     def loader(seed: int):
         x = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -24,7 +24,7 @@ def self_expanding() -> Example:
 
     return Example(
         "learner",
-        make=lambda: SelfExpanding(tau=0.0, cooldown=1, samples=8, optimizer=partial(Adam, lr=1e-2)),
+        make=lambda: SelfExpanding(tau=0.0, cooldown=1, samples=8, max_per_block=1, optimizer=partial(Adam, lr=1e-2)),
         model=lambda seed: ExpandableCNN((4, 4), classes=2, in_channels=1),
         loader=loader,
         unsupported=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 2)),
