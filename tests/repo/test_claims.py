@@ -23,7 +23,7 @@ def test_measures_parse_and_something_tells_the_method_from_its_baseline(paper: 
 
 @pytest.mark.parametrize("paper", WORKING, ids=lambda paper: paper.id)
 def test_claims_about_seconds_are_measured_one_seed_after_another(paper: catalog.Paper) -> None:
-    if any(re.search(r"seconds|slope|latency", claim.measure) for claim in paper.claims):
+    if any(re.search(r"\.\w*(seconds|slope|latency)", claim.measure) for claim in paper.claims):
         assert paper.timed, "a claim reads wall-clock time: set timed = true"
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,20 @@ from torch.optim import SGD, Adam, Optimizer
 from neurarium.data import TensorData
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import Chain, as_chain
-from neurarium.learn.fit import EarlyStopping, History, Learner, Progress, copied, device_of, evaluate, forked_rng, loop, to
+from neurarium.learn.fit import (
+    Diverged,
+    EarlyStopping,
+    History,
+    Learner,
+    Progress,
+    copied,
+    device_of,
+    diverged,
+    evaluate,
+    forked_rng,
+    loop,
+    to,
+)
 from neurarium.roles import Loader
 
 __all__ = ["Facts", "LocalLearner", "LocalObjective", "Readout", "goodness", "gradient_alignment", "overlay_label", "survey"]
@@ -208,12 +222,17 @@ class LocalLearner(Learner):
                 def whole(inner: dict[str, Any]) -> dict[str, Any]:
                     return {"block": i, "epochs": epochs, "before": dict(before), "inner": inner, "first": first}  # noqa: B023
 
-                history = loop(
-                    model, data, epochs=epochs, step=step, parts={"objective": objective, "optimizer": optimizer},
-                    val=watched, evaluator=partial(_measure, objective, i), forward=block, seed=seed,
-                    callbacks=[_with_state(c, whole) for c in callbacks],
-                    resume=resume["inner"] if resume and i == current else None,
-                )  # fmt: skip
+                try:
+                    history = loop(
+                        model, data, epochs=epochs, step=step, parts={"objective": objective, "optimizer": optimizer},
+                        val=watched, evaluator=partial(_measure, objective, i), forward=block, seed=seed,
+                        callbacks=[_with_state(c, whole) for c in callbacks],
+                        resume=resume["inner"] if resume and i == current else None,
+                    )  # fmt: skip
+                except Diverged as error:
+                    if error.module is None:  # the block is sound: what an earlier one handed on is not
+                        raise diverged(model, to(next(iter(loader))[0], device_of(model)), nan, error.step) from None
+                    raise
                 state = whole(dict(history.state))
                 before["train"] += tuple({**e, "block": i} for e in history.train)
                 before["val"] += tuple({**e, "block": i} for e in history.val)
@@ -399,7 +418,7 @@ def gradient_alignment(learner: Learner, model: nn.Module, batch: tuple[Tensor, 
     not changed.
     """
     settings = {"optimizer": partial(SGD, lr=1.0)} if hasattr(learner, "optimizer") else {}
-    if hasattr(learner, "order"):
+    if hasattr(learner, "order") and getattr(learner, "loss", None) != "mse":  # a closed form has only its own order
         settings["order"] = "parallel"
     trained, twin = deepcopy(model), deepcopy(model)
     replace(learner, **settings).fit(trained, [batch], epochs=1, seed=seed)  # type: ignore[type-var]

@@ -129,7 +129,7 @@ def _memory(learner: LocalLearner, model: nn.Module, batch: tuple[Tensor, Tensor
         h = objective.enter(x, y)
     for i, block in enumerate(objective.blocks):
         with SavedBytes() as alone:
-            h_in = h.clone()  # made inside, as a step's input is
+            h_in, y = h.clone(), y.clone()  # made inside, as a step's input is
             h_out = block(h_in)
             if objective.learned(i):
                 loss = objective.loss(i, h_in, h_out, y)[0]

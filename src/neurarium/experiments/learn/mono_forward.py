@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from neurarium import data, meter
-from neurarium.errors import MissingData
+from neurarium.experiments.images import images
 from neurarium.learn.cascaded_forward import CascadedForward
 from neurarium.learn.fit import Backprop, EarlyStopping, evaluate
 from neurarium.learn.forward_forward import ForwardForward
@@ -47,7 +47,7 @@ LABELS = {
 
 
 def run(trial: Trial) -> None:
-    task = images(trial)
+    task = images(trial, train=(600, 10_000))
     n = len(task.train) // 5
     val, train = task.train.to(trial.device).split(n, seed=trial.seed)
     test = task.test.to(trial.device).batches(1000, shuffle=False)
@@ -78,19 +78,6 @@ def run(trial: Trial) -> None:
         arm.log(val_loss=min(last) if last else evaluate(rule.predictor(model), val)["loss"])
         if history.val:
             arm.curve("val_loss", y=[e["loss"] for e in history.val])
-
-
-def images(trial: Trial) -> data.ImageTask:
-    """MNIST at 14x14; without a copy of it here and offline, the digits that scikit-learn embeds."""
-    try:
-        return data.images(
-            "mnist", train=trial.scale(smoke=600, laptop=10_000), test=trial.scale(smoke=300, laptop=None), size=14, seed=trial.seed
-        )
-    except MissingData:
-        trial.stand_in("scikit-learn's digits (8x8 in a 14x14 frame) instead of MNIST, which is not here")
-        task = data.images("digits", train=trial.scale(smoke=600, laptop=None), seed=trial.seed)
-        framed = [data.TensorData(F.pad(part.x, (3, 3, 3, 3)), part.y) for part in (task.train, task.test)]
-        return replace(task, train=framed[0], test=framed[1])
 
 
 def mlp(width: int) -> nn.Sequential:

@@ -87,7 +87,8 @@ def run(trial: Trial) -> None:
             logged["train_mse"] = losses[min(iterations, len(losses)) - 1]
             for key, value in logged.items():
                 found.setdefault(key, []).append(value)
-            arm.curve(f"mse_{name.replace('-', '_')}", x=work, y=losses)
+            shown = np.unique(np.geomspace(1, len(losses), 30).astype(int)) - 1
+            arm.curve(f"mse_{name.replace('-', '_')}", x=np.asarray(work)[shown], y=np.asarray(losses)[shown])
         arm.log(**found)
         if arm.name == "bp":
             arm.log(equivalence_gap=equivalence(trial))

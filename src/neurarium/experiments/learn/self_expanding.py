@@ -68,9 +68,9 @@ class Plain(SelfExpanding):
 
 
 def run(trial: Trial) -> None:
-    task = images(trial, "cifar10", train=(256, 2500), test=(128, 2000), size=12, standardise=True)
+    task = images(trial, "cifar10", train=(256, 4000), test=(128, 2000), size=12, standardise=True)
     train, test = task.train.to(trial.device), task.test.to(trial.device)
-    epochs, cooldown = trial.scale(smoke=(2, 1), laptop=(15, 2))
+    epochs, cooldown = trial.scale(smoke=(2, 1), laptop=(20, 2))
     batches, held = train.batches(BATCH, seed=trial.seed), test.batches(1000, shuffle=False)
     per_epoch = len(batches)
 

@@ -31,6 +31,8 @@ def run(trial: Trial) -> None:
 
 def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     """Error against parameters and against stored bytes, one line a recipe."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     fig.set_size_inches(11, 4.5)
     axes = fig.subplots(1, 2, sharey=True)
     panels = (("params", 1, "trained parameters"), ("bytes", 1024, "KiB stored, fixed projections included"))
@@ -43,6 +45,10 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
             style = "-" if recipe in ("dense", "low_rank", "grouped") else "-o"
             axis.errorbar(x, [e.mean() for e in errors], yerr=spread, fmt=style, color=COLOURS[recipe], capsize=2, label=name, markersize=5)
         axis.set(xscale="log", yscale="log", xlabel=label)
+        for ticks, places in ((axis.xaxis, (1, 3, 10, 30, 100, 300)), (axis.yaxis, (5, 7, 10, 15, 20, 30))):
+            ticks.set_major_locator(FixedLocator([p * 1000 if unit == 1 and ticks is axis.xaxis else p for p in places]))
+            ticks.set_major_formatter("{x:,.0f}")
+            ticks.set_minor_locator(NullLocator())
     axes[0].set(ylabel="test error (%)", title="What a parameter buys")
     axes[1].set_title("What a stored byte buys")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
