@@ -35,6 +35,7 @@ from neurarium.learn import (
     Diverged,
     ForwardForward,
     GraphForward,
+    GraphLayers,
     Learner,
     MonoForward,
     MuAdam,
@@ -80,6 +81,11 @@ def mlp(seed: int, width: int = 12) -> nn.Module:
 def loader(seed: int) -> Any:
     x = torch.randn(24, 6, generator=torch.Generator().manual_seed(seed))
     return TensorData(x, x[:, :3].argmax(1)).batches(8, seed=seed)
+
+
+def links(seed: int) -> Any:
+    x, edges, _ = CASES["forwardgnn"].loader(seed)[0]
+    return [((x, edges), edges[:, :18])]
 
 
 def diffusion(kind: type, seed: int) -> nn.Module:
@@ -133,6 +139,10 @@ CASES["noprop, flow matching"] = Case(NoProp, partial(diffusion, NoPropFMNet), l
 CASES["physical, parallel"] = CASES["physical-ff"]._replace(make=partial(PhysicalForwardForward, order="parallel", optimizer=FAST))
 CASES["physics-aware"] = Case(lambda: PhysicsAware(optimizer=FAST, twin=TWIN), optics, loader)
 CASES["forwardgnn, layer by layer"] = CASES["forwardgnn"]._replace(make=partial(GraphForward, optimizer=FAST, patience=None))
+CASES["forwardgnn, links"] = CASES["forwardgnn"]._replace(make=partial(GraphForward, task="link", optimizer=FAST), loader=links)
+CASES["forwardgnn, top to input"] = CASES["forwardgnn"]._replace(
+    make=partial(GraphForward, mode="sf-top2input", optimizer=FAST), model=lambda seed: GraphLayers("gcn", 6, 8, 8, top=3)
+)
 
 
 def test_no_learner_is_forgotten() -> None:

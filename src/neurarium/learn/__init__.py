@@ -12,6 +12,7 @@ from neurarium.learn.fit import Backprop, Diverged, EarlyStopping, Learner, eval
 from neurarium.learn.forward_forward import ForwardForward
 from neurarium.learn.generate import IGPG, TaskConditioner, WeightGPT
 from neurarium.learn.graph_forward import GraphForward, GraphLayers
+from neurarium.learn.graph_links import link_loss, split_links
 from neurarium.learn.grow import ExpandableCNN, NaturalExpansion, SelfExpanding, insert_identity_conv, natural_expansion_score, widen_conv
 from neurarium.learn.hyper import HyperNetwork, Target, mip
 from neurarium.learn.hyper_lstm import DynamicHyperLSTMCell
@@ -35,6 +36,8 @@ from neurarium.learn.widths import Parametrization, infer_shapes
 from neurarium.learn.zoo import Instruction, ZooNet, model_zoo, train_many
 
 __all__ = [
+    "link_loss",
+    "split_links",
     "DFA",
     "DPSGD",
     "HGF",

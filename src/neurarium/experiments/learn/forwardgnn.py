@@ -1,8 +1,8 @@
 """Single-forward learning of graph networks against backpropagation and two kinds of Forward-Forward, on Cora.
 
-The 600 most frequent words. Random splits, 64 % of the nodes for training, 16 for validation, 20 for testing. Adam's learning rate was
-chosen for each kind of arm from three (0.003, 0.01, 0.03) on splits that are not used here; all arms make the same number of updates of
-each layer.
+The 600 most frequent words. Random splits, 64 % of the nodes for training, 16 for validation, 20 for testing. Links: 5 % of the edges for
+validation, 10 % for testing, which carry no message. Adam's learning rate was chosen for each kind of arm from three (0.003, 0.01, 0.03)
+on splits that are not used here; all arms make the same number of updates of each layer.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from neurarium import data, meter
 from neurarium.errors import MissingData
 from neurarium.learn.fit import Backprop
 from neurarium.learn.graph_forward import UNKNOWN, GraphForward, GraphLayers, SingleForward, augment, graph_batch
+from neurarium.learn.graph_links import auc, link_loss, link_scores, split_links
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,9 @@ DEPTH, WORDS = 4, 600
 LABELS = {
     "bp": "backpropagation", "sf": "single forward", "sf_isolated": "virtual nodes without edges", "sf_top2loss": "top to loss",
     "sf_mlp": "single forward, no graph", "ff_label": "Forward-Forward, label in features", "ff_virtual": "Forward-Forward, virtual nodes",
+    "sf_top2input": "top to input",
 }  # fmt: skip
+LINKS = {"link_bp": "backpropagation", "link_sf": "single forward"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,11 @@ RULES = {
     "sf_mlp": GraphForward(optimizer=adam(1e-2)),
     "ff_label": GraphForward(mode="ff-label", optimizer=adam(3e-2)),
     "ff_virtual": GraphForward(mode="ff-virtual", optimizer=adam(3e-2)),
+    "sf_top2input": GraphForward(mode="sf-top2input", optimizer=adam(3e-3)),
 }
-DEPTHS = {"sf": DEPTH, "sf_isolated": 2, "sf_top2loss": 2, "sf_mlp": 2, "ff_label": 2, "ff_virtual": 2}
+DEPTHS = {"sf": DEPTH, "sf_isolated": 2, "sf_top2loss": 2, "sf_mlp": 2, "ff_label": 2, "ff_virtual": 2, "sf_top2input": 2}
+LINK_BP = Backprop(loss=link_loss, optimizer=adam(1e-2, weight_decay=5e-4))
+LINK_SF = GraphForward(task="link", optimizer=adam(1e-2))
 
 
 def run(trial: Trial) -> None:
@@ -69,8 +75,8 @@ def run(trial: Trial) -> None:
     epochs, hidden = trial.scale(smoke=(2, 8), laptop=(100, 64))
     features = graph.x.shape[1]
 
-    def net(kind: str, *widths: int):
-        return GraphLayers(kind, *widths).to(trial.device)
+    def net(kind: str, *widths: int, top: int | None = None):
+        return GraphLayers(kind, *widths, top=top).to(trial.device)
 
     def accuracy(scores, mask) -> float:
         return float((scores[mask].argmax(1) == graph.y[mask]).float().mean())
@@ -89,7 +95,8 @@ def run(trial: Trial) -> None:
             rule, probe = BP, net(kind, features, hidden, hidden, graph.classes)
         else:
             rule, first = RULES[arm.name], features + (graph.classes if arm.name == "ff_label" else 0)
-            model = net(kind, first, *[hidden] * DEPTHS[arm.name])
+            top = graph.classes if arm.name == "sf_top2input" else None
+            model = net(kind, first, *[hidden] * DEPTHS[arm.name], top=top)
             history = rule.fit(model, [train], epochs=epochs, val=val if arm.name == "sf" else None, seed=trial.seed)
             if arm.name == "sf":
                 for block in range(DEPTH):
@@ -104,6 +111,17 @@ def run(trial: Trial) -> None:
         arm.log(accuracy=tests[int(np.argmax(vals))], by_depth=tests)
         if arm.name in ("bp", "sf", "ff_label", "ff_virtual"):
             arm.log(passes=passes(rule, probe, train), saved_bytes=saved_bytes(rule, probe, train))
+
+    links = split_links(graph.edge_index, len(graph.y), generator=trial.generator())
+    known = (graph.x, links.edge_index)
+    for arm in trial.arms(*LINKS):
+        model = net("gcn", features, hidden, hidden)
+        rule = {"link_bp": LINK_BP, "link_sf": LINK_SF}[arm.name]
+        rule.fit(model, [(known, links.train)], epochs=epochs, seed=trial.seed)
+        with torch.no_grad():
+            for name, pairs in (("val_auc", links.val), ("auc", links.test)):
+                scores = link_scores(model(*known), pairs) if arm.name == "link_bp" else LINK_SF.predictor(model)(*known, pairs)
+                arm.log(**{name: auc(scores, pairs[2])})
 
 
 def split(trial: Trial) -> SimpleNamespace:
@@ -155,11 +173,11 @@ def saved_bytes(rule, model, train) -> int:
 
 
 def figure(record: RecordView, fig: Figure) -> None:
-    """Accuracy against depth, every arm, and what a step keeps."""
-    colours = dict(zip(LABELS, ("#000000", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#0072B2", "#56B4E9")))
-    fig.set_size_inches(13, 4.2)
+    """Accuracy against depth, every arm, what a step keeps, and links."""
+    colours = dict(zip(LABELS, ("#000000", "#D55E00", "#E69F00", "#CC79A7", "#999999", "#0072B2", "#56B4E9", "#009E73")))
+    fig.set_size_inches(15, 4.2)
     fig.set_layout_engine("constrained")
-    depth, ends, memory = fig.subplots(1, 3, width_ratios=(1, 1.2, 0.8))
+    depth, ends, memory, links = fig.subplots(1, 4, width_ratios=(1, 1.2, 0.8, 0.45))
     for arm in ("bp", "sf", "sf_isolated"):
         if arm in record.arms:
             y = 100 * record.values(arm, "by_depth")
@@ -183,3 +201,11 @@ def figure(record: RecordView, fig: Figure) -> None:
     short = {"bp": "back-\npropagation", "sf": "single\nforward", "ff_label": "FF, label\nin features", "ff_virtual": "FF, virtual\nnodes"}
     memory.set_xticks(range(len(shown)), [short[a] for a in shown], fontsize=7)
     memory.set(ylabel="kept for the backward pass (MiB)", title="a step of three layers")
+    shown = [a for a in LINKS if a in record.arms]
+    for i, arm in enumerate(shown):
+        values = record.values(arm, "auc")
+        links.errorbar(i, values.mean(), values.std(), fmt="o", ms=6, capsize=3, color=colours[arm.removeprefix("link_")], mec="k")
+        links.plot(np.full(len(values), i), values, "k_", ms=9, alpha=0.5)
+    links.set_xticks(range(len(shown)), [{"link_bp": "back-\npropagation", "link_sf": "single\nforward"}[a] for a in shown], fontsize=7)
+    links.set(ylabel="AUC", title="held-out links", xlim=(-0.6, len(shown) - 0.4))
+    links.grid(alpha=0.3, axis="y")

@@ -98,7 +98,7 @@ def run(trial: Trial) -> None:
                 with torch.no_grad():
                     HGF(**settings).run(x[:, :3])
                     began = time.perf_counter()
-                    HGF(**settings).run(x)
+                    HGF(**settings).run(x, strict=False)  # some walks leave the range of the approximation; the peer goes on, too
                 arm.log_timed(run_seconds=time.perf_counter() - began)
                 arm.log(gap=published_gap())
             else:

@@ -126,6 +126,8 @@ class Kronecker(nn.Module):
 
 def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
     """What the composed arms save beside the product of the single savings; accuracy against parameters, from each recipe to its sum."""
+    from matplotlib.ticker import NullLocator
+
     fig.set_size_inches(13, 5.2)
     left, right = fig.subplots(1, 2, width_ratios=(5, 6))
     names = {"ph": "hypercomplex", "kernel": "kernel", "wave": "wave", "poincare": "Poincaré"}
@@ -157,5 +159,7 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
         for single in recipes if len(recipes) > 1 else ():
             right.plot(*zip(centre[single], centre[arm]), color="#BBBBBB", linewidth=1, zorder=0)
     right.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy (%)", title="What the composition costs")
+    right.set_xticks([4000, 10_000, 20_000, 40_000], ["4,000", "10,000", "20,000", "40,000"])
+    right.xaxis.set_minor_locator(NullLocator())
     right.margins(0.12)
     fig.tight_layout()

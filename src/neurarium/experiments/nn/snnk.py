@@ -249,8 +249,9 @@ def figure(record: RecordView, fig: matplotlib.figure.Figure) -> None:
             colour = "#0072B2" if ours else "#000000"
             spread = float(np.std(accuracy, ddof=1)) if len(accuracy) > 1 else 0.0
             axis.errorbar(x, accuracy.mean(), yerr=spread, fmt="o" if ours else "s", color=colour, capsize=3)
-            turn = arm in ("dense", "full", "low_rank", "raw_ridge")
-            place = {"xytext": (-6, -11), "ha": "right"} if turn else {"xytext": (6, 4)}
+            place = {"xytext": (-6, -11), "ha": "right"} if arm in ("dense", "full") else {"xytext": (6, 4)}
+            if arm in ("raw_ridge", "snnk_cos", "low_rank", "fully_bundled"):  # below, where a neighbour's name is above
+                place = {"xytext": (6, -11)}
             axis.annotate(label, (x, accuracy.mean()), textcoords="offset points", fontsize=8, color=colour, **place)
         axis.set(xscale="log", xlabel="trained parameters", ylabel="test accuracy (%)", title=title)
         axis.margins(x=0.25, y=0.12)
