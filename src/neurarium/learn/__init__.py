@@ -36,8 +36,6 @@ from neurarium.learn.widths import Parametrization, infer_shapes
 from neurarium.learn.zoo import Instruction, ZooNet, model_zoo, train_many
 
 __all__ = [
-    "link_loss",
-    "split_links",
     "DFA",
     "DPSGD",
     "HGF",
@@ -124,6 +122,7 @@ __all__ = [
     "infer_shapes",
     "insert_identity_conv",
     "levenberg_marquardt",
+    "link_loss",
     "load_checkpoint",
     "lr_range_test",
     "magnitude_probe",
@@ -135,6 +134,7 @@ __all__ = [
     "natural_expansion_score",
     "newton_schulz",
     "save_checkpoint",
+    "split_links",
     "surprise",
     "sweep",
     "train_many",
