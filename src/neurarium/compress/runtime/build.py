@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from neurarium.errors import BadInput
 __all__ = ["backend", "kernel", "using"]
 
 ISA = ("plain", "avx2", "avx512")
-SOURCES = ("spmm.cpp", "spmm_float.h", "spmm_int8.h", "spmm_vnni.h")
+SOURCES = ("spmm.cpp", "spmm_kernels.cpp")
+HEADERS = ("spmm.h", "spmm_float.h", "spmm_int8.h", "spmm_vnni.h")
 FLAGS = ("-O2", "-ffp-contract=fast")
 
 _lock = threading.Lock()
@@ -93,19 +94,26 @@ def _load() -> None:
             raise RuntimeError(f"there is no C++ compiler ({compiler})")
         if shutil.which("ninja") is None:
             raise RuntimeError("there is no ninja (pip install ninja)")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(library.with_suffix(".lock")):
-            if not library.exists():
-                _build(library)
-                return
+        if _once(library, _build):
+            return
     torch.ops.load_library(str(library))
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> bool:
+    """Makes the target if no other process has, while this one waited for its turn; whether this one did."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_suffix(".lock")):
+        if target.exists():
+            return False
+        make(target)
+        return True
 
 
 def _fingerprint(compiler: str | None) -> str:
     here = Path(__file__).parent
     parts = [torch.__version__, platform.machine(), platform.system(), os.path.realpath(compiler or ""), *FLAGS]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for name in SOURCES:
+    for name in (*SOURCES, *HEADERS):
         digest.update((here / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -122,7 +130,11 @@ def _build(library: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cpp_extension.load(
-                "spmm", [str(here / "spmm.cpp")], extra_cflags=[*FLAGS, *threads], build_directory=str(folder), is_python_module=False
+                "spmm",
+                [str(here / name) for name in SOURCES],
+                extra_cflags=[*FLAGS, *threads],
+                build_directory=str(folder),
+                is_python_module=False,
             )
         os.replace(next(p for p in folder.iterdir() if p.suffix in (".so", ".dylib", ".pyd")), library)
     finally:

@@ -144,8 +144,27 @@ class GroupSparse(SparseMatrix):
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> SparseMatrix:
-    """The matrix whose :meth:`SparseMatrix.tensors` these are."""
-    return from_numbers(tensors["meta"].tolist(), tensors)
+    """The matrix whose :meth:`SparseMatrix.tensors` these are, checked: the kernel trusts its indices."""
+    matrix = from_numbers(tensors["meta"].tolist(), tensors)
+    layout, index = matrix.layout, matrix.col.long()
+    units = -(-layout.rows // layout.block)
+    if layout.kept:
+        entries, limit = units * -(-layout.columns // layout.depth) * layout.kept, layout.depth
+        fits = index.numel() == entries and matrix.row_ptr.numel() == 0
+    else:
+        entries, limit = index.numel() * layout.depth, -(-layout.columns // layout.depth)
+        fits = check_pointers(matrix.row_ptr, units, index.numel())
+    fits = fits and layout.block in HEIGHTS and matrix.values.shape == (entries, layout.block)
+    if not fits or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit):
+        raise BadInput(f"the tensors do not make a sparse matrix of {layout}")
+    return matrix
+
+
+def check_pointers(pointers: Tensor, units: int, entries: int) -> bool:
+    """Whether pointers cut `entries` into `units` runs."""
+    if pointers.shape != (units + 1,) or pointers.dtype != torch.int32:
+        return False
+    return bool((pointers.diff() >= 0).all()) and int(pointers[0]) == 0 and int(pointers[-1]) == entries
 
 
 def from_numbers(numbers: Sequence[int], tensors: Mapping[str, Tensor]) -> SparseMatrix:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from neurarium.compress.runtime.build import kernel
-from neurarium.compress.runtime.formats import BlockSparse
+from neurarium.compress.runtime.formats import BlockSparse, check_pointers
 from neurarium.compress.runtime.product import ACTS
 from neurarium.errors import BadInput
 
@@ -151,8 +151,16 @@ class Int8Sparse:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Sparse:
-        """The matrix whose :meth:`tensors` these are."""
-        return cls.from_numbers(tensors["meta"].tolist(), tensors)
+        """The matrix whose :meth:`tensors` these are, checked: the kernel trusts its indices."""
+        matrix = cls.from_numbers(tensors["meta"].tolist(), tensors)
+        (rows, columns), out, index = matrix.shape, matrix.block[0], matrix.col.long()
+        quads = index.numel() if out == 16 else index.numel() // 4
+        fits = matrix.block in BLOCKS and check_pointers(matrix.row_ptr, -(-rows // out), quads) and matrix.values.shape == (quads, out, 4)
+        fits = fits and matrix.scale.shape == matrix.row_sum.shape == (rows,)
+        limit = -(-columns // 4) if out == 16 else columns
+        if not fits or (index.numel() and not 0 <= int(index.min()) <= int(index.max()) < limit):
+            raise BadInput(f"the tensors do not make an int8 matrix of {matrix.shape} in {matrix.block} blocks")
+        return matrix
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int], tensors: Mapping[str, Tensor]) -> Int8Sparse:

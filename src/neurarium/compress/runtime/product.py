@@ -12,6 +12,7 @@ Layout of ``values``: (entries, block), an entry being one kept column of one ro
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -108,9 +109,10 @@ def _in_torch(x: Tensor, values: Tensor, pointers: Tensor, indices: Tensor, layo
     if found is None or found[0] != indices._version:
         found = _rows_of[indices] = (indices._version, *_compressed_rows(pointers, indices, layout))
     _, row_pointers, columns, places = found
-    matrix = torch.sparse_csr_tensor(
-        row_pointers, columns, values.reshape(-1)[places], (layout.rows, layout.columns), check_invariants=False
-    )
+    shape = (layout.rows, layout.columns)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(row_pointers, columns, values.reshape(-1)[places], shape, check_invariants=False)
     return (matrix @ x.T).T
 
 
@@ -148,8 +150,10 @@ def _backward(ctx, grad):
     x, values, pointers, indices, bias = ctx.saved_tensors
     layout = ctx.layout
     if ctx.act:  # the argument of the activation is computed again rather than kept
+        with torch.no_grad():
+            z = _run(x, values, pointers, indices, bias, *layout, 0)
         with torch.enable_grad():
-            z = _run(x, values, pointers, indices, bias, *layout, 0).detach().requires_grad_()
+            z = z.requires_grad_()
             (grad,) = torch.autograd.grad(_act(z, ctx.act), z, grad)
     for_x = grad @ dense(values.detach(), pointers, indices, layout) if ctx.needs_input_grad[0] else None
     for_values = None

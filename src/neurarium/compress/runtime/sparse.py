@@ -108,13 +108,14 @@ class SparseLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """A state dict may hold another pattern of the same layer: the tensors take its sizes first."""
-        meta = state_dict.get(prefix + "meta")
-        if meta is not None:
-            if meta.tolist()[1:3] != [self.out_features, self.in_features] or (int(meta[0]) == 2) != self.int8:
-                raise BadInput(f"{prefix}meta is of a {meta.tolist()[1:3]} matrix, the layer is [{self.out_features}, {self.in_features}]")
+        if all(prefix + n in state_dict for n in (*self._names, "meta")):
+            matrix = _matrix_in(state_dict, prefix)
+            if matrix.shape != (self.out_features, self.in_features) or isinstance(matrix, Int8Sparse) != self.int8:
+                here = (self.out_features, self.in_features)
+                raise BadInput(f"{prefix}: the state dict has a {type(matrix).__name__} of {matrix.shape}, the layer is {here}")
             for name in (*self._names, "meta"):
-                found, here = state_dict.get(prefix + name), getattr(self, name)
-                if found is None or (found.shape == here.shape and found.dtype == here.dtype):
+                found, here = state_dict[prefix + name], getattr(self, name)
+                if found.shape == here.shape and found.dtype == here.dtype:
                     continue
                 fresh = torch.empty_like(found, device=here.device)
                 setattr(self, name, nn.Parameter(fresh, here.requires_grad) if isinstance(here, nn.Parameter) else fresh)
@@ -251,14 +252,20 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         layer = modules.get(name)
         if not isinstance(layer, (nn.Linear, SparseLinear)):
             raise BadInput(f"the state dict has a sparse layer {name!r}, the model {'none' if layer is None else type(layer).__name__}")
-        tensors = {k: state[prefix + k] for k in ("meta", "row_ptr", "col", "values", "scale", "row_sum") if prefix + k in state}
-        matrix = (Int8Sparse.from_tensors if int(tensors["meta"][0]) == 2 else from_tensors)(tensors)
+        matrix = _matrix_in(state, prefix)
         if matrix.shape != tuple(layer.weight.shape):
             raise BadInput(f"{name}: the state dict's matrix is {matrix.shape}, the layer's {tuple(layer.weight.shape)}")
         made[id(layer)] = SparseLinear(matrix, state.get(prefix + "bias")).train(layer.training)
     result = _fused(_replaced(model, made))
     result.load_state_dict(state)
     return result
+
+
+def _matrix_in(state: Mapping[str, Tensor], prefix: str) -> SparseMatrix | Int8Sparse:
+    tensors = {k: state[prefix + k] for k in ("meta", "row_ptr", "col", "values", "scale", "row_sum") if prefix + k in state}
+    if missing := {"meta", "row_ptr", "col", "values"} - set(tensors):
+        raise BadInput(f"the state dict has no {prefix}{min(missing)}")
+    return (Int8Sparse.from_tensors if int(tensors["meta"][0]) == 2 else from_tensors)(tensors)
 
 
 def _decide(weight, mask, tokens, dtype, block, planner, rivals) -> Choice:

@@ -9,194 +9,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <tuple>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "spmm.h"
 
 namespace {
 
-enum Act { NONE, RELU, GELU };
-enum Kind { SHORT, LONG, DEEP, GROUP };
-
-// Blocks one column wide.
-template <class Index>
-struct Single {
-  const int32_t* pointers;
-  const Index* indices;
-  struct Cursor {
-    const Index* indices;
-    int64_t take(int64_t p) { return indices[p]; }
-  };
-  int64_t begin(int64_t i) const { return pointers[i]; }
-  int64_t end(int64_t i) const { return pointers[i + 1]; }
-  Cursor start(int64_t) const { return {indices}; }
-};
-
-// Blocks `depth` columns wide, walked column by column.
-struct Deep {
-  const int32_t* pointers;
-  const int32_t* indices;
-  int64_t depth;
-  struct Cursor {
-    const int32_t* next;
-    int64_t depth, inside;
-    int64_t take(int64_t) {
-      const int64_t column = *next * depth + inside;
-      if (++inside == depth) inside = 0, ++next;
-      return column;
-    }
-  };
-  int64_t begin(int64_t i) const { return pointers[i] * depth; }
-  int64_t end(int64_t i) const { return pointers[i + 1] * depth; }
-  Cursor start(int64_t i) const { return {indices + pointers[i], depth, 0}; }
-};
-
-// `kept` of every `depth` columns, `each` entries a block row; an index is the offset within its group.
-struct Group {
-  const uint8_t* indices;
-  int64_t each, depth, kept;
-  struct Cursor {
-    const uint8_t* indices;
-    int64_t depth, kept, base, done;
-    int64_t take(int64_t p) {
-      const int64_t column = base + indices[p];
-      if (++done == kept) done = 0, base += depth;
-      return column;
-    }
-  };
-  int64_t begin(int64_t i) const { return i * each; }
-  int64_t end(int64_t i) const { return (i + 1) * each; }
-  Cursor start(int64_t) const { return {indices, depth, kept, 0, 0}; }
-};
-
-struct Job {
-  const float* values;
-  const int32_t* pointers;
-  const void* indices;
-  const float* bias;
-  float* out;
-  int64_t rows, each, depth, kept;
-  int block, act;
-  Kind kind;
-};
-
-struct IntJob {
-  const int8_t* values;
-  const int32_t* pointers;
-  const void* indices;
-  const float* row_scale;
-  const int32_t* row_sum;
-  const float* token_scale;
-  const int32_t* token_zero;
-  const float* bias;
-  float* out;
-  int32_t* sums;  // not null: the bare sums are wanted
-  int64_t rows;
-  int block, act;
-  bool narrow_index;
-};
-
-struct Panel {
-  int64_t begin, tokens, stride;
-  int size;
-};
-
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
-#elif defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#endif
-#if defined(__x86_64__)
-#define LANES 16
-namespace avx512 {
-#include "spmm_float.h"
-#include "spmm_int8.h"
-}
-#undef LANES
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
-#elif defined(__x86_64__)
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
-#endif
-#if defined(__x86_64__)
-namespace vnni {
-#include "spmm_vnni.h"
-}
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#elif defined(__x86_64__)
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#if defined(__x86_64__)
-#define LANES 8
-namespace avx2 {
-#include "spmm_float.h"
-#include "spmm_int8.h"
-}
-#undef LANES
-#endif
-#if defined(__x86_64__) && defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__x86_64__)
-#pragma GCC pop_options
-#endif
-#define LANES 4
-namespace plain {
-#include "spmm_float.h"
-#include "spmm_int8.h"
-}
-#undef LANES
-
-struct Kernels {
-  Panel (*next_panel)(int, int64_t, int64_t);
-  void (*pack)(const float*, int64_t, int64_t, int64_t, int64_t, float*);
-  void (*run)(const Job&, const float*, const Panel&, int64_t, int64_t);
-  void (*quantise)(const float*, int64_t, int64_t, int64_t, uint8_t*, int64_t, float*, int32_t*);
-  Panel (*next_int_panel)(int, int64_t, int64_t);
-  void (*pack_int)(const uint8_t*, int64_t, int64_t, int64_t, const Panel&, float*);
-  void (*run_int)(const IntJob&, const float*, const Panel&, int64_t, int64_t);
-};
-
-#define KERNELS(isa) {isa::next_panel, isa::pack, isa::run, isa::quantise, isa::next_int_panel, isa::pack_int, isa::run_int}
-
-// 0 plain, 1 AVX2, 2 AVX512.
-int64_t best_isa() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
-
-Kernels kernels(int64_t isa) {
-#if defined(__x86_64__)
-  isa = std::min(isa, best_isa());
-  if (isa == 2) {
-    static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-    Kernels all = KERNELS(avx512);
-    if (has_vnni) all.next_int_panel = vnni::next_panel, all.pack_int = vnni::pack, all.run_int = vnni::run;
-    return all;
-  }
-  if (isa == 1) return KERNELS(avx2);
-#endif
-  return KERNELS(plain);
-}
+using namespace neurarium;
 
 // Memory that a thread keeps between calls: fresh pages would cost more than the packing.
 float* scratch(int64_t floats) {
@@ -261,6 +82,7 @@ at::Tensor spmm(
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == at::kFloat && (x.stride(1) == 1 || x.size(1) == 1), "x must be float32 (tokens, columns)");
   TORCH_CHECK(values.is_contiguous() && values.scalar_type() == at::kFloat && indices.is_contiguous() && pointers.is_contiguous());
   TORCH_CHECK(pointers.scalar_type() == at::kInt && (!bias || (bias->is_contiguous() && bias->numel() == rows)));
+  TORCH_CHECK(block == 1 || block == 4 || block == 8 || block == 16, "no loop for blocks of ", block, " outputs");
   const int64_t tokens = x.size(0), columns = x.size(1), ld = x.stride(0), block_rows = (rows + block - 1) / block;
   // An N:M group or a block may reach beyond the last column; its weights there are zero, and so is the panel.
   const int64_t padded = (columns + depth - 1) / depth * depth;
@@ -344,7 +166,7 @@ at::Tensor spmm_int8(
 }  // namespace
 
 TORCH_LIBRARY(neurarium_spmm, m) {
-  m.def("best_isa() -> int", [] { return best_isa(); });
+  m.def("best_isa() -> int", [] { return neurarium::best_isa(); });
   m.def(
       "spmm(Tensor x, Tensor values, Tensor pointers, Tensor indices, Tensor? bias, int rows, int block, int depth, int kept, int act, int isa)"
       " -> Tensor");

@@ -56,7 +56,7 @@ inline typename Vec<L>::type gelu(typename Vec<L>::type x) {
 
 template <int L>
 inline typename Vec<L>::type activate(typename Vec<L>::type v, int act) {
-  if (act == RELU) return v < 0 ? v * 0.f : v;
+  if (act == RELU) return v < 0 ? typename Vec<L>::type{} : v;
   if (act == GELU) return gelu<L>(v);
   return v;
 }
