@@ -209,7 +209,8 @@ def _hugging_face(name: str) -> nn.Module:
         return t.LlamaForCausalLM(t.LlamaConfig(**common, intermediate_size=48, num_key_value_heads=2, pad_token_id=0))
     if name == "opt":
         return t.OPTForCausalLM(t.OPTConfig(**common, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0))
-    return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2))
+    config = t.GPT2Config(vocab_size=TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    return t.GPT2LMHeadModel(config)
 
 
 #: name -> (maker, kind of data)
