@@ -145,6 +145,14 @@ class ChannelGraph:
         factors, fixed, slopes, terms = self._polynomial
         return np.prod((fixed + np.asarray(counts, np.float64) @ slopes)[..., terms], -1) @ factors
 
+    def components(self, name: str) -> tuple[np.ndarray, ...] | None:
+        """For each dimension of the named tensor the number of the channel behind every index; None if the trace does not meet it.
+
+        Equal numbers, here or in another tensor, are one channel: what a residual sum ties has one number.
+        """
+        dims = self._books.dims.get(self._books.names.get(name, name))
+        return None if dims is None else tuple(self._parent[ids] for ids in dims)
+
     @cached_property
     def _polynomial(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Each term of the cost is a factor times lengths, each length a constant plus so many for each unit that stays."""
@@ -270,6 +278,8 @@ _INNER = ("inner_dim", "inner_size", "all_head_size", "attention_dim")
 
 def _label(model: nn.Module, example: Example) -> Labels:
     model = copy.deepcopy(model).eval()
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False  # transformers: a cache among the outputs cannot be exported
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in everything}

@@ -64,7 +64,7 @@ class ConditionalPruner:
         example: an input (tuple or mapping of inputs) for the trace.
         rates: targets, shares of the multiply-adds to remove. One rate makes this AMC.
         reward: function of a pruned model, larger is better; by default its accuracy (minus squared error for real targets) on the data.
-        episodes: pruned models that are judged, in all.
+        episodes: pruned models that are judged, in all; one more for each rate at the end.
         samples: rows of the loader for the default reward; the first 200 also renew the statistics of batch normalisation.
         most: a_max, the largest share that a group may lose.
         continuous: draw targets from the whole range of `rates` instead of the set.
@@ -92,8 +92,8 @@ class ConditionalPruner:
         continuous: bool = False,
         conditional: bool = True,
         warmup: float = 0.25,
-        decay: float = 0.95,
-        updates: int = 1,
+        decay: float = 0.97,
+        updates: int = 2,
         bootstrap: bool = False,
     ) -> None:
         if not rates or episodes < 1 or not 0.0 < most < 1.0:
@@ -122,27 +122,38 @@ class ConditionalPruner:
         draw = np.random.default_rng(self.seed)
         agent = _Agent(self.seed, self.most, len(self.rates), self.bootstrap)
         self._agent, self.history = agent, []
-        known: dict[tuple[int, ...], float] = {}
         warm = math.ceil(self.warmup * self.episodes)
         for episode in range(self.episodes):
             low, high = self.rates[0], self.rates[-1]
             rate = float(draw.uniform(low, high) if self.continuous else draw.choice(self.rates))
             sigma = 0.5 * self.decay ** max(0, episode - warm)
             counts, steps = self.walk(rate, partial(agent.explore, sigma=sigma, draw=draw))
-            key = tuple(counts.tolist())
-            if key not in known:
-                with torch.no_grad(), undisturbed(self.model):
-                    known[key] = float(judge(self._pruned(self._plan(counts)).eval()))
-                if not math.isfinite(known[key]):
-                    raise BadInput(f"the reward of a pruned model is {known[key]}")
-            self.history.append((rate, key, known[key]))
-            agent.remember(steps, known[key], int(np.abs(np.array(self.rates) - rate).argmin()))
+            reward = self._judged(rate, counts, judge)
+            agent.remember(steps, reward, int(np.abs(np.array(self.rates) - rate).argmin()))
             if episode >= warm:
                 agent.learn(self.updates * len(steps))
+        for rate in self.rates:
+            self._judged(rate, self.walk(rate, agent.act)[0], judge)
         return self
 
-    def plan(self, rate: float, *, best: bool = False) -> ChannelPlan:
-        """The agent's choice for this target, without noise; with `best` the best that was judged for exactly this target instead."""
+    def _judged(self, rate: float, counts: np.ndarray, judge: Callable[[nn.Module], float]) -> float:
+        key = tuple(counts.tolist())
+        reward = next((r for _, seen, r in self.history if seen == key), None)
+        if reward is None:
+            with torch.no_grad(), undisturbed(self.model):
+                reward = float(judge(self._pruned(self._plan(counts)).eval()))
+            if not math.isfinite(reward):
+                raise BadInput(f"the reward of a pruned model is {reward}")
+        self.history.append((rate, key, reward))
+        return reward
+
+    def plan(self, rate: float, *, best: bool = True) -> ChannelPlan:
+        """The plan for any target in reach.
+
+        Args:
+            best: for a target of the set, the best that was judged for it, the agent's last choice among them (what AMC's code gives out).
+                Otherwise, and for all other targets, the choice of the agent without noise.
+        """
         if self._agent is None:
             raise BadInput("the agent has not learnt yet: call fit(loader) first")
         seen = [(reward, counts) for c, counts, reward in self.history if c == rate]
@@ -150,19 +161,19 @@ class ConditionalPruner:
             return self._plan(np.array(max(seen)[1]))
         return self._plan(self.walk(rate, self._agent.act)[0])
 
-    def prune(self, rate: float, *, best: bool = False) -> nn.Module:
+    def prune(self, rate: float, *, best: bool = True) -> nn.Module:
         """The smaller model, with renewed statistics of batch normalisation; `result.plan` is the plan. It wants fine-tuning."""
         return self._pruned(self.plan(rate, best=best))
 
-    def walk(self, rate: float, choose: Callable[[Tensor], float]) -> tuple[np.ndarray, list[_Step]]:
-        """One episode with the actions of `choose(state)`: units kept in each group, and the steps with the actions that were carried out."""
+    def walk(self, rate: float, choose: Callable[[Tensor, float, float], float]) -> tuple[np.ndarray, list[_Step]]:
+        """One episode with actions `choose(state, least, most)`: the units kept in each group, and its steps."""
         target, counts, steps = self._target(rate), self.sizes.copy(), list[_Step]()
         for t, n in enumerate(self.sizes.tolist()):
             low, high = self._bounds(t, counts, target)
             state = self._state(t, counts, steps[-1].action if steps else 0.0, rate)
-            wanted = math.ceil((1 - min(max(choose(state), 0.0), self.most)) * n - 1e-9)
-            counts[t] = min(max(wanted, low), high)
-            steps.append(_Step(state, (1 - high / n, 1 - min(low, high) / n), 1 - counts[t] / n))
+            bounds = 1 - high / n, 1 - min(low, high) / n
+            counts[t] = min(max(math.ceil((1 - choose(state, *bounds)) * n - 1e-9), low), high)
+            steps.append(_Step(state, bounds, 1 - counts[t] / n))
         return counts, steps
 
     def _target(self, rate: float) -> float:
@@ -286,14 +297,14 @@ class _Agent:
         return self.most * torch.sigmoid(actor(states))
 
     @torch.no_grad()
-    def act(self, state: Tensor) -> float:
-        return float(self.mean(self.actor, state))
+    def act(self, state: Tensor, low: float = 0.0, high: float = 1.0) -> float:
+        return min(max(float(self.mean(self.actor, state)), low), high)
 
-    def explore(self, state: Tensor, sigma: float, draw: np.random.Generator) -> float:
-        """The action plus normal noise, truncated to what is allowed."""
-        normal = NormalDist(self.act(state), max(sigma, 1e-6))
-        u = draw.uniform(normal.cdf(0.0), normal.cdf(self.most))
-        return min(max(normal.inv_cdf(min(max(u, 1e-12), 1 - 1e-12)), 0.0), self.most)
+    def explore(self, state: Tensor, low: float, high: float, sigma: float, draw: np.random.Generator) -> float:
+        """The nearest allowed action plus normal noise, truncated to what is allowed."""
+        normal = NormalDist(min(max(self.act(state), low), high), max(sigma, 1e-6))
+        u = draw.uniform(normal.cdf(low), normal.cdf(high))
+        return min(max(normal.inv_cdf(min(max(u, 1e-12), 1 - 1e-12)), low), high)
 
     def remember(self, steps: list[_Step], reward: float, rate: int) -> None:
         before = self.averages[rate]
