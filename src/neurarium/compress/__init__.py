@@ -17,8 +17,10 @@ from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.conditional import ConditionalPruner, cacp
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
+from neurarium.compress.prune.meta import NetworkGraph, PruningMetaNet, meta_prune, meta_train, plan_group_norm
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
@@ -56,6 +58,7 @@ __all__ = [
     "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
+    "ConditionalPruner",
     "Cost",
     "Dyadic",
     "FisherOperator",
@@ -71,9 +74,11 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
+    "NetworkGraph",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
+    "PruningMetaNet",
     "RankPlan",
     "SelfAttention",
     "SparseLinear",
@@ -88,6 +93,7 @@ __all__ = [
     "apply_channels",
     "apply_hap",
     "apply_ranks",
+    "cacp",
     "calibrate",
     "chita",
     "chita_pp",
@@ -111,6 +117,8 @@ __all__ = [
     "load_sparse",
     "low_rank",
     "magnitude",
+    "meta_prune",
+    "meta_train",
     "milp",
     "minimax_bisect",
     "norm_product",
@@ -120,6 +128,7 @@ __all__ = [
     "per_sample_grads",
     "plan_chita",
     "plan_hap",
+    "plan_group_norm",
     "plan_magnitude",
     "plan_sparsegpt",
     "plan_units",
