@@ -17,6 +17,7 @@ from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.gate import Gate, Gated, GateLoss, add_gates, saw_gate, strip_gates, trainable_gate
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
@@ -43,6 +44,7 @@ from neurarium.compress.unit_scores import (
     choose_groups,
     norm_product,
     plan_units,
+    unit_fluctuation,
     unit_norm,
     unit_sum,
     unit_taylor,
@@ -59,6 +61,9 @@ __all__ = [
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "Gate",
+    "GateLoss",
+    "Gated",
     "Group",
     "GroupSparse",
     "HapScores",
@@ -83,6 +88,7 @@ __all__ = [
     "UniformGrid",
     "Unstructured",
     "ablation",
+    "add_gates",
     "affine_grid",
     "apply",
     "apply_channels",
@@ -126,15 +132,19 @@ __all__ = [
     "plan_wanda",
     "rank_macs",
     "round_ste",
+    "saw_gate",
     "sparse_quadratic",
     "sparsegpt",
+    "strip_gates",
     "svd_curve",
     "symmetric_grid",
     "taylor",
     "to_dense_runtime",
     "to_sparse_runtime",
+    "trainable_gate",
     "unfold",
     "uniform",
+    "unit_fluctuation",
     "unit_norm",
     "unit_sum",
     "unit_taylor",

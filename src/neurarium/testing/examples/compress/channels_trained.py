@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from neurarium.compress import hap as remove
+from neurarium.compress import trainable_gate as train_gates
 from neurarium.testing import Example
 
 
@@ -32,6 +33,17 @@ def hap() -> Example:
     return Example(
         "transform",
         apply=partial(remove, loader=loader, ratio=0.4, implant=0.4, probes=4, samples=24),
+        model=_model,
+        inputs=_inputs,
+        unsupported=_unsupported,
+    )
+
+
+def trainable_gate() -> Example:
+    loader = [(*_inputs(8, 7 + i), torch.arange(8) % 3) for i in range(2)]
+    return Example(
+        "transform",
+        apply=partial(train_gates, loader=loader, target=0.5, epochs=2, finetune=1),
         model=_model,
         inputs=_inputs,
         unsupported=_unsupported,
