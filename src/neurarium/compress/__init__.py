@@ -17,6 +17,7 @@ from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
@@ -37,6 +38,15 @@ from neurarium.compress.runtime import (
 )
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 from neurarium.compress.taylor import taylor
+from neurarium.compress.unit_scores import (
+    ablation,
+    choose_groups,
+    norm_product,
+    plan_units,
+    unit_norm,
+    unit_sum,
+    unit_taylor,
+)
 
 __all__ = [
     "GPT",
@@ -51,6 +61,9 @@ __all__ = [
     "FisherOperator",
     "Group",
     "GroupSparse",
+    "HapScores",
+    "ImplantConv2d",
+    "ImplantLinear",
     "InputStats",
     "Int8Sparse",
     "Layout",
@@ -69,14 +82,17 @@ __all__ = [
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
+    "ablation",
     "affine_grid",
     "apply",
     "apply_channels",
+    "apply_hap",
     "apply_ranks",
     "calibrate",
     "chita",
     "chita_pp",
     "choose",
+    "choose_groups",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
@@ -87,6 +103,8 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "hap",
+    "hap_scores",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
@@ -95,13 +113,16 @@ __all__ = [
     "magnitude",
     "milp",
     "minimax_bisect",
+    "norm_product",
     "pack",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
     "plan_chita",
+    "plan_hap",
     "plan_magnitude",
     "plan_sparsegpt",
+    "plan_units",
     "plan_wanda",
     "rank_macs",
     "round_ste",
@@ -114,6 +135,9 @@ __all__ = [
     "to_sparse_runtime",
     "unfold",
     "uniform",
+    "unit_norm",
+    "unit_sum",
+    "unit_taylor",
     "unpack",
     "wanda",
     "woodfisher",
