@@ -24,6 +24,8 @@ from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
+from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
     BlockSparse,
@@ -61,6 +63,8 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
+    "RangeFit",
+    "RangePlan",
     "RankPlan",
     "SelfAttention",
     "SparseLinear",
@@ -72,6 +76,7 @@ __all__ = [
     "affine_grid",
     "apply",
     "apply_channels",
+    "apply_ranges",
     "apply_ranks",
     "calibrate",
     "chita",
@@ -80,6 +85,7 @@ __all__ = [
     "decomposable",
     "diagonal_fisher",
     "dyadic",
+    "estimate_range",
     "explicit",
     "factors",
     "finalise",
@@ -87,6 +93,7 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "golden_section",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
@@ -101,9 +108,11 @@ __all__ = [
     "per_sample_grads",
     "plan_chita",
     "plan_magnitude",
+    "plan_ranges",
     "plan_sparsegpt",
     "plan_wanda",
     "rank_macs",
+    "requant",
     "round_ste",
     "sparse_quadratic",
     "sparsegpt",
