@@ -25,6 +25,8 @@ from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
+from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
     BlockSparse,
@@ -38,15 +40,7 @@ from neurarium.compress.runtime import (
 )
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 from neurarium.compress.taylor import taylor
-from neurarium.compress.unit_scores import (
-    ablation,
-    choose_groups,
-    norm_product,
-    plan_units,
-    unit_norm,
-    unit_sum,
-    unit_taylor,
-)
+from neurarium.compress.unit_scores import ablation, choose_groups, norm_product, plan_units, unit_norm, unit_sum, unit_taylor
 
 __all__ = [
     "GPT",
@@ -74,6 +68,8 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
+    "RangeFit",
+    "RangePlan",
     "RankPlan",
     "SelfAttention",
     "SparseLinear",
@@ -87,6 +83,7 @@ __all__ = [
     "apply",
     "apply_channels",
     "apply_hap",
+    "apply_ranges",
     "apply_ranks",
     "calibrate",
     "chita",
@@ -96,6 +93,7 @@ __all__ = [
     "decomposable",
     "diagonal_fisher",
     "dyadic",
+    "estimate_range",
     "explicit",
     "factors",
     "finalise",
@@ -103,6 +101,7 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "golden_section",
     "hap",
     "hap_scores",
     "hessian_trace",
@@ -121,10 +120,12 @@ __all__ = [
     "plan_chita",
     "plan_hap",
     "plan_magnitude",
+    "plan_ranges",
     "plan_sparsegpt",
     "plan_units",
     "plan_wanda",
     "rank_macs",
+    "requant",
     "round_ste",
     "sparse_quadratic",
     "sparsegpt",
