@@ -12,6 +12,9 @@ from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.fuse.crosslayer import align_layers, apply_fusion, cla_fuse, plan_fusion
+from neurarium.compress.fuse.similarity import cka, layer_costs
+from neurarium.compress.fuse.transport import FusionPlan, optimal_transport, ot_fuse
 from neurarium.compress.gpt import GPT
 from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
@@ -53,6 +56,7 @@ __all__ = [
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "FusionPlan",
     "Group",
     "GroupSparse",
     "HapScores",
@@ -80,8 +84,10 @@ __all__ = [
     "Unstructured",
     "ablation",
     "affine_grid",
+    "align_layers",
     "apply",
     "apply_channels",
+    "apply_fusion",
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
@@ -90,6 +96,8 @@ __all__ = [
     "chita_pp",
     "choose",
     "choose_groups",
+    "cka",
+    "cla_fuse",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
@@ -107,17 +115,21 @@ __all__ = [
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "layer_costs",
     "load_sparse",
     "low_rank",
     "magnitude",
     "milp",
     "minimax_bisect",
     "norm_product",
+    "optimal_transport",
+    "ot_fuse",
     "pack",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
     "plan_chita",
+    "plan_fusion",
     "plan_hap",
     "plan_magnitude",
     "plan_ranges",
