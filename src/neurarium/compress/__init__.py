@@ -16,6 +16,7 @@ from neurarium.compress.gpt import GPT
 from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
+from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
@@ -65,6 +66,7 @@ __all__ = [
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "Tiles",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
@@ -73,6 +75,7 @@ __all__ = [
     "apply",
     "apply_channels",
     "apply_ranks",
+    "block_prune",
     "calibrate",
     "chita",
     "chita_pp",
@@ -99,6 +102,7 @@ __all__ = [
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_block_prune",
     "plan_chita",
     "plan_magnitude",
     "plan_sparsegpt",
