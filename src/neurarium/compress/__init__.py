@@ -19,6 +19,7 @@ from neurarium.compress.gpt import GPT
 from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
+from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
@@ -78,6 +79,7 @@ __all__ = [
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "Tiles",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
@@ -91,6 +93,7 @@ __all__ = [
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
+    "block_prune",
     "calibrate",
     "chita",
     "chita_pp",
@@ -128,6 +131,7 @@ __all__ = [
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_block_prune",
     "plan_chita",
     "plan_fusion",
     "plan_hap",
