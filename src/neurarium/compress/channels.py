@@ -59,10 +59,6 @@ class ChannelPlan:
     implanted: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As text: a model that carries its plan pickles without further tensors."""
-        return ChannelPlan.from_json, (self.to_json(),)
-
     def check(self, model: nn.Module) -> None:
         """Raises BadInput naming the first tensor that is missing or has another shape."""
         tensors = _tensors(model)
@@ -119,6 +115,9 @@ class ChannelPlan:
             implanted=indices(data["implanted"]),
             skipped=data["skipped"],
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # as text: a model that carries its plan keeps no tensors beside its state dict
+        return ChannelPlan.from_json, (self.to_json(),)
 
 
 def apply_channels(model: nn.Module, plan: ChannelPlan) -> nn.Module:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,43 @@ class ChannelGraph:
             if is_parameter
         ]
 
+    def macs(self, counts: np.ndarray) -> np.ndarray:
+        """Multiply-adds for the example when group g keeps counts[..., g] units, for many candidates at once: (..., groups) -> (...)."""
+        factors, fixed, slopes, terms = self._polynomial
+        return np.prod((fixed + np.asarray(counts, np.float64) @ slopes)[..., terms], -1) @ factors
+
+    def components(self, name: str) -> tuple[np.ndarray, ...] | None:
+        """For each dimension of the named tensor the number of the channel behind every index; None if the trace does not meet it.
+
+        Equal numbers, here or in another tensor, are one channel: what a residual sum ties has one number.
+        """
+        dims = self._books.dims.get(self._books.names.get(name, name))
+        return None if dims is None else tuple(self._parent[ids] for ids in dims)
+
+    @cached_property
+    def _polynomial(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each term of the cost is a factor times lengths, each length a constant plus so many for each unit that stays."""
+        owner = np.full(int(self._parent.max(initial=0)) + 1, len(self.groups))
+        for i, group in enumerate(self.groups):
+            owner[group.labels] = i
+        sizes = np.array([g.size for g in self.groups], np.float64)
+        rows, terms, factors = [np.append(np.zeros(len(sizes)), 1.0)], [], []
+        place: dict[bytes, int] = {}
+        for factor, arrays in self._books.macs:
+            term = []
+            for ids in arrays:
+                if (key := ids.tobytes()) not in place:
+                    place[key] = len(rows)
+                    row = np.bincount(owner[self._parent[ids[ids >= 0]]], minlength=len(sizes) + 1).astype(np.float64)
+                    row[-1] += (ids < 0).sum()
+                    rows.append(row)
+                term.append(place[key])
+            factors.append(float(factor)), terms.append(term)
+        width = max(map(len, terms), default=1)
+        table = np.stack(rows)
+        padded = np.array([[*t, *[0] * (width - len(t))] for t in terms], np.int64).reshape(-1, width)
+        return np.array(factors), table[:, -1], (table[:, :-1] / sizes).T, padded
+
     def plan(
         self, kept: Mapping[str, Tensor | Sequence[int]], *, scores: Mapping[str, Tensor] | None = None,
         implanted: Mapping[str, Tensor] | None = None,
@@ -275,6 +313,8 @@ _INNER = ("inner_dim", "inner_size", "all_head_size", "attention_dim")
 
 def _label(model: nn.Module, example: Example) -> Labels:
     model = copy.deepcopy(model).eval()
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        model.config.use_cache = False  # transformers: a cache among the outputs cannot be exported
     everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in everything}

@@ -170,5 +170,5 @@ def figure(record: RecordView, fig: Figure) -> None:
             right.bar(j + 0.26 * (i - 1), values.mean(), 0.24, yerr=error, color=colour, capsize=3, label=arms[arm] if j == 0 else None)
     right.axhline(record.mean("heads_hap", "dense"), color="black", linewidth=0.8, linestyle=":")
     right.set_xticks((0, 1), ("half the\nheads", "half the\nneurons"))
-    right.set(ylabel="held-out loss (nats)", title="Character model, no fine-tuning")
+    right.set(ylabel="held-out loss (nats)", title="Character model,\nno fine-tuning")
     right.legend(fontsize=8)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
+from neurarium.compress import explicit
 from neurarium.compress import hap as remove
 from neurarium.compress import trainable_gate as train_gates
 from neurarium.testing import Example
+from neurarium.testing.architectures import Subject
 
 
 def _model(seed: int) -> nn.Module:
@@ -48,3 +51,14 @@ def trainable_gate() -> Example:
         inputs=_inputs,
         unsupported=_unsupported,
     )
+
+
+def _hap(s: Subject) -> nn.Module:
+    return remove(explicit(s.model), s.loader, ratio=0.3, implant=0.3, probes=2, samples=8, loss_fn=s.loss)
+
+
+def _gated(s: Subject) -> nn.Module:
+    return train_gates(explicit(s.model), s.loader, target=0.8, epochs=1, finetune=1, loss_fn=s.loss)
+
+
+COVER: dict[str, Callable[[Subject], nn.Module]] = {"hap": _hap, "trainable-gate": _gated}
