@@ -24,6 +24,7 @@ from neurarium.compress import (
     norm_product,
     plan_hap,
     plan_units,
+    unit_fluctuation,
     unit_norm,
     unit_sum,
     unit_taylor,
@@ -208,6 +209,20 @@ def test_ablation_is_the_loss_without_the_unit_and_taylor_the_slope_of_a_gate() 
     torch.testing.assert_close(mean, slope.mean(0).abs().double(), rtol=1e-4, atol=1e-7)
     counts = unit_sum(model, groups, {k: torch.ones_like(v) for k, v in model.named_parameters()}, weights="both")
     assert counts["7"].tolist() == [8 + 3] * 6
+
+
+@torch.no_grad()
+def test_fluctuation_is_the_variance_that_reaches_the_next_layer() -> None:
+    model, ((x, y),) = network()
+    groups = choose_groups(ChannelGraph.trace(model, x[:2]), model)
+    hidden = model[:9](x).double()
+    want = hidden.var(0) * model[9].weight.double().square().sum(0)
+    found = unit_fluctuation(model, groups, [(x[:10], y[:10]), (x[10:], y[10:])])
+    torch.testing.assert_close(found["7"], want, rtol=1e-5, atol=1e-12)
+    inner = F.relu(model[3].body[1](model[3].body[0](model[:3](x))))
+    columns = F.unfold(inner, 3, padding=1).double().transpose(0, 1).flatten(1).var(1).view(6, 9)
+    weights = model[3].body[3].weight.double().square().sum(0).flatten(1)
+    torch.testing.assert_close(found["3.body.0"], (columns * weights).sum(1), rtol=1e-5, atol=1e-12)
 
 
 def test_bad_input_is_refused_before_anything_changes() -> None:

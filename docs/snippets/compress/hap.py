@@ -1,4 +1,4 @@
-"""Which channels can go at least harm? Ask the Hessian, and give the doubtful ones a cheap implant."""
+"""Which channels can go at least harm to the loss, and which deserve a cheap implant instead?"""
 
 import torch
 from torch import nn

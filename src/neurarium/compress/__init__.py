@@ -12,12 +12,17 @@ from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.fuse.crosslayer import align_layers, apply_fusion, cla_fuse, plan_fusion
+from neurarium.compress.fuse.similarity import cka, layer_costs
+from neurarium.compress.fuse.transport import FusionPlan, optimal_transport, ot_fuse
 from neurarium.compress.gpt import GPT
 from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
+from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.conditional import ConditionalPruner, cacp
+from neurarium.compress.prune.gate import Gate, Gated, GateLoss, add_gates, saw_gate, strip_gates, trainable_gate
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.meta import NetworkGraph, PruningMetaNet, meta_prune, meta_train, plan_group_norm
@@ -27,6 +32,8 @@ from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
+from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
     BlockSparse,
@@ -45,6 +52,7 @@ from neurarium.compress.unit_scores import (
     choose_groups,
     norm_product,
     plan_units,
+    unit_fluctuation,
     unit_norm,
     unit_sum,
     unit_taylor,
@@ -62,6 +70,10 @@ __all__ = [
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "FusionPlan",
+    "Gate",
+    "GateLoss",
+    "Gated",
     "Group",
     "GroupSparse",
     "HapScores",
@@ -79,29 +91,40 @@ __all__ = [
     "PackedLinear",
     "Pattern",
     "PruningMetaNet",
+    "RangeFit",
+    "RangePlan",
     "RankPlan",
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "Tiles",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
     "ablation",
+    "add_gates",
     "affine_grid",
+    "align_layers",
     "apply",
     "apply_channels",
+    "apply_fusion",
     "apply_hap",
+    "apply_ranges",
     "apply_ranks",
     "cacp",
+    "block_prune",
     "calibrate",
     "chita",
     "chita_pp",
     "choose",
     "choose_groups",
+    "cka",
+    "cla_fuse",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
+    "estimate_range",
     "explicit",
     "factors",
     "finalise",
@@ -109,11 +132,13 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "golden_section",
     "hap",
     "hap_scores",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "layer_costs",
     "load_sparse",
     "low_rank",
     "magnitude",
@@ -122,28 +147,38 @@ __all__ = [
     "milp",
     "minimax_bisect",
     "norm_product",
+    "optimal_transport",
+    "ot_fuse",
     "pack",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_block_prune",
     "plan_chita",
+    "plan_fusion",
     "plan_hap",
     "plan_group_norm",
     "plan_magnitude",
+    "plan_ranges",
     "plan_sparsegpt",
     "plan_units",
     "plan_wanda",
     "rank_macs",
+    "requant",
     "round_ste",
+    "saw_gate",
     "sparse_quadratic",
     "sparsegpt",
+    "strip_gates",
     "svd_curve",
     "symmetric_grid",
     "taylor",
     "to_dense_runtime",
     "to_sparse_runtime",
+    "trainable_gate",
     "unfold",
     "uniform",
+    "unit_fluctuation",
     "unit_norm",
     "unit_sum",
     "unit_taylor",

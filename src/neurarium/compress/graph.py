@@ -140,6 +140,32 @@ class ChannelGraph:
         macs = sum(factor * math.prod(int(alive[ids].sum()) for ids in arrays) for factor, arrays in self._books.macs)
         return Cost(params, macs, size)
 
+    def counts(self, of: str = "macs") -> list[tuple[int, list[tuple[int, np.ndarray]]]]:
+        """The parameters or multiply-adds as a sum of products, for costs that are differentiated.
+
+        One entry a product: (factor, sizes); a size is (indices that always stay, how many belong to each unit), with the units of all
+        groups one after the other. ``cost`` is the sum of factor * prod(stay + belongs @ alive).
+        """
+        number = np.full(int(self._parent.max(initial=0)) + 1, -1)
+        total = 0
+        for group in self.groups:
+            number[group.labels] = np.arange(total, total + group.size)
+            total += group.size
+
+        def size(ids: np.ndarray) -> tuple[int, np.ndarray]:
+            units = number[self._parent[ids[ids >= 0]]]
+            return int((ids < 0).sum() + (units < 0).sum()), np.bincount(units[units >= 0], minlength=total)
+
+        if of == "macs":
+            return [(factor, [size(ids) for ids in arrays]) for factor, arrays in self._books.macs]
+        if of != "params":
+            raise BadInput(f"of must be 'macs' or 'params', got {of!r}")
+        return [
+            (1, [size(ids) for ids in self._books.dims[name]]) if name in self._books.dims else (math.prod(shape), [])
+            for name, (shape, _, is_parameter, _) in self._tensors.items()
+            if is_parameter
+        ]
+
     def macs(self, counts: np.ndarray) -> np.ndarray:
         """Multiply-adds for the example when group g keeps counts[..., g] units, for many candidates at once: (..., groups) -> (...)."""
         factors, fixed, slopes, terms = self._polynomial

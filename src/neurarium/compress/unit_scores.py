@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from neurarium.compress.calibrate import is_conv1d
+from neurarium.compress.calibrate import calibrate, is_conv1d, per_weight
 from neurarium.compress.channels import ChannelPlan
 from neurarium.compress.graph import ChannelGraph, Group
 from neurarium.compress.sensitivity import Loss, collect, per_sample_grads
 from neurarium.errors import BadInput, UnsupportedModel
 
 __all__ = [
-    "ablation", "choose_groups", "diagonal", "norm_product", "plan_units", "ranked", "unit_norm", "unit_sum", "unit_taylor", "unit_weights",
+    "ablation", "choose_groups", "diagonal", "norm_product", "plan_units", "ranked", "unit_fluctuation", "unit_norm", "unit_sum",
+    "unit_taylor", "unit_weights",
 ]  # fmt: skip
 
 Scores = dict[str, Tensor]
@@ -130,6 +131,19 @@ def norm_product(model: nn.Module, groups: Sequence[Group]) -> Scores:
     """The norm of what makes a unit times the norm of what reads it: unchanged when a ReLU unit is rescaled."""
     out, into = (unit_norm(model, groups, p=2, weights=side) for side in ("out", "in"))
     return {name: out[name] * into[name] for name in out}
+
+
+def unit_fluctuation(model: nn.Module, groups: Sequence[Group], loader: Iterable, *, batches: int | None = None) -> Scores:
+    """Variance of what a unit sends into each weight that reads it, times that weight squared, summed: what its mean cannot replace.
+
+    Layers that nothing is known of (recurrent ones, attention inside one fused call) count for nothing.
+    """
+    layers = dict(model.named_modules())
+    tensors = {}
+    for name, stats in calibrate(model, loader, batches=batches).items():
+        weight = layers[name].weight.detach().cpu().double()
+        tensors[f"{name}.weight".lstrip(".")] = per_weight(layers[name], stats.variance) * weight.square()
+    return unit_sum(model, groups, tensors, weights="in")
 
 
 def unit_taylor(

@@ -2,14 +2,14 @@
 and the heads and feed-forward neurons of a small character model.
 
 All methods share the planner (global ranking of the channels inside the blocks until the parameters fit) and the same epoch of
-fine-tuning; only the scores differ, and the implants of the arm ``hap``. The true loss increase of each channel comes from silencing it
-alone on the images that the scores were taken from.
+fine-tuning on half of the images; only the scores differ, and the implants of the arm ``hap``. The true loss increase of each channel
+comes from silencing it alone on the images that the scores were taken from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class Vision:
     """The network, the images that scores come from, every method's scores and the true loss increases."""
 
     task: ImageTask
+    short: ImageTask  # the half that fine-tuning sees
     model: nn.Module
     data: list[tuple[Tensor, Tensor]]
     graph: ChannelGraph
@@ -60,7 +61,7 @@ class Vision:
 def vision(trial: Trial) -> Vision:
     task = cifar(trial)
     model = resnet(trial, task)
-    rows = trial.scale(smoke=16, laptop=256)
+    rows = trial.scale(smoke=16, laptop=192)
     data = [(task.train.x[:rows], task.train.y[:rows])]
     graph = ChannelGraph.trace(model, data[0][0][:2])
     groups = choose_groups(graph, model)
@@ -74,7 +75,8 @@ def vision(trial: Trial) -> Vision:
         "product": norm_product(model, groups),
     }
     scores["hap_noimplant"] = scores["hap"]
-    return Vision(task, model, data, graph, groups, scores, ablation(model, groups, data, samples=rows))
+    short = replace(task, train=task.train.split(0.5, trial.seed)[0])
+    return Vision(task, short, model, data, graph, groups, scores, ablation(model, groups, data, samples=rows))
 
 
 def run(trial: Trial) -> None:
@@ -98,7 +100,7 @@ def run(trial: Trial) -> None:
                 plan = plan_units(case.graph, mine, ratio=level, of="params")
             small = apply_hap(model, plan)
             before.append(accuracy(small, task))
-            finetune(small, task, epochs=1, seed=trial.seed)
+            finetune(small, case.short, epochs=1, seed=trial.seed)
             reestimate_bn(small, task.train.x[:1024])
             after.append(accuracy(small, task))
             params.append(plan.cost_after.params / plan.cost_before.params)
@@ -158,7 +160,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     middle.axhline(100 * record.mean("dense", "accuracy"), color="black", linewidth=0.8, linestyle=":", label="dense")
     middle.set_xticks(range(len(LEVELS)), [f"{100 * level:.0f} % fewer\nparameters" for level in LEVELS])
     low = min(100 * record.values(arm, "acc_after").min() for arm in names)
-    middle.set(ylim=(max(0, low - 5), None), ylabel="test accuracy (%)", title="After one epoch of fine-tuning")
+    middle.set(ylim=(max(0, low - 5), None), ylabel="test accuracy (%)", title="After one epoch on 5,000 images")
     middle.legend(fontsize=7, loc="lower left", ncols=2)
     arms = {"heads_hap": "HAP", "heads_gradient": "gradient", "heads_magnitude": "magnitude"}
     for i, (arm, colour) in enumerate(zip(arms, ("#0072B2", "#009E73", "#E69F00"), strict=True)):
@@ -168,5 +170,5 @@ def figure(record: RecordView, fig: Figure) -> None:
             right.bar(j + 0.26 * (i - 1), values.mean(), 0.24, yerr=error, color=colour, capsize=3, label=arms[arm] if j == 0 else None)
     right.axhline(record.mean("heads_hap", "dense"), color="black", linewidth=0.8, linestyle=":")
     right.set_xticks((0, 1), ("half the\nheads", "half the\nneurons"))
-    right.set(ylabel="held-out loss (nats)", title="Character model, no fine-tuning")
+    right.set(ylabel="held-out loss (nats)", title="Character model,\nno fine-tuning")
     right.legend(fontsize=8)

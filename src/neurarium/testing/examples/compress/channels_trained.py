@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
+from neurarium.compress import explicit
 from neurarium.compress import hap as remove
+from neurarium.compress import trainable_gate as train_gates
 from neurarium.testing import Example
+from neurarium.testing.architectures import Subject
 
 
 def _model(seed: int) -> nn.Module:
@@ -36,3 +40,25 @@ def hap() -> Example:
         inputs=_inputs,
         unsupported=_unsupported,
     )
+
+
+def trainable_gate() -> Example:
+    loader = [(*_inputs(8, 7 + i), torch.arange(8) % 3) for i in range(2)]
+    return Example(
+        "transform",
+        apply=partial(train_gates, loader=loader, target=0.5, epochs=2, finetune=1),
+        model=_model,
+        inputs=_inputs,
+        unsupported=_unsupported,
+    )
+
+
+def _hap(s: Subject) -> nn.Module:
+    return remove(explicit(s.model), s.loader, ratio=0.3, implant=0.3, probes=2, samples=8, loss_fn=s.loss)
+
+
+def _gated(s: Subject) -> nn.Module:
+    return train_gates(explicit(s.model), s.loader, target=0.8, epochs=1, finetune=1, loss_fn=s.loss)
+
+
+COVER: dict[str, Callable[[Subject], nn.Module]] = {"hap": _hap, "trainable-gate": _gated}
