@@ -17,6 +17,8 @@ from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.dsnot import dsnot, plan_dsnot, reselect
+from neurarium.compress.prune.flap import FlapPlan, apply_flap, flap, magnitude_sp, plan_flap, wanda_sp
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
@@ -48,6 +50,7 @@ __all__ = [
     "ChannelPlan",
     "Cost",
     "Dyadic",
+    "FlapPlan",
     "FisherOperator",
     "Group",
     "GroupSparse",
@@ -72,6 +75,7 @@ __all__ = [
     "affine_grid",
     "apply",
     "apply_channels",
+    "apply_flap",
     "apply_ranks",
     "calibrate",
     "chita",
@@ -79,12 +83,14 @@ __all__ = [
     "choose",
     "decomposable",
     "diagonal_fisher",
+    "dsnot",
     "dyadic",
     "explicit",
     "factors",
     "finalise",
     "fixed_codes",
     "fixed_point",
+    "flap",
     "fold",
     "global_threshold",
     "hessian_trace",
@@ -93,6 +99,7 @@ __all__ = [
     "load_sparse",
     "low_rank",
     "magnitude",
+    "magnitude_sp",
     "milp",
     "minimax_bisect",
     "pack",
@@ -100,10 +107,13 @@ __all__ = [
     "packed_bytes",
     "per_sample_grads",
     "plan_chita",
+    "plan_dsnot",
+    "plan_flap",
     "plan_magnitude",
     "plan_sparsegpt",
     "plan_wanda",
     "rank_macs",
+    "reselect",
     "round_ste",
     "sparse_quadratic",
     "sparsegpt",
@@ -116,5 +126,6 @@ __all__ = [
     "uniform",
     "unpack",
     "wanda",
+    "wanda_sp",
     "woodfisher",
 ]
