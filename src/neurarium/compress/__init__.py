@@ -21,6 +21,8 @@ from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.dsnot import dsnot, plan_dsnot, reselect
+from neurarium.compress.prune.flap import FlapPlan, apply_flap, flap, magnitude_sp, plan_flap, wanda_sp
 from neurarium.compress.prune.gate import Gate, Gated, GateLoss, add_gates, saw_gate, strip_gates, trainable_gate
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
@@ -67,6 +69,7 @@ __all__ = [
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "FlapPlan",
     "FusionPlan",
     "Gate",
     "GateLoss",
@@ -103,6 +106,7 @@ __all__ = [
     "align_layers",
     "apply",
     "apply_channels",
+    "apply_flap",
     "apply_fusion",
     "apply_hap",
     "apply_ranges",
@@ -117,6 +121,7 @@ __all__ = [
     "cla_fuse",
     "decomposable",
     "diagonal_fisher",
+    "dsnot",
     "dyadic",
     "estimate_range",
     "explicit",
@@ -124,6 +129,7 @@ __all__ = [
     "finalise",
     "fixed_codes",
     "fixed_point",
+    "flap",
     "fold",
     "global_threshold",
     "golden_section",
@@ -136,6 +142,7 @@ __all__ = [
     "load_sparse",
     "low_rank",
     "magnitude",
+    "magnitude_sp",
     "milp",
     "minimax_bisect",
     "norm_product",
@@ -147,6 +154,8 @@ __all__ = [
     "per_sample_grads",
     "plan_block_prune",
     "plan_chita",
+    "plan_dsnot",
+    "plan_flap",
     "plan_fusion",
     "plan_hap",
     "plan_magnitude",
@@ -156,6 +165,7 @@ __all__ = [
     "plan_wanda",
     "rank_macs",
     "requant",
+    "reselect",
     "round_ste",
     "saw_gate",
     "sparse_quadratic",
@@ -175,5 +185,6 @@ __all__ = [
     "unit_taylor",
     "unpack",
     "wanda",
+    "wanda_sp",
     "woodfisher",
 ]
