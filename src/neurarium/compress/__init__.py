@@ -23,6 +23,7 @@ from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.mixture import MixtureConv2d, MixtureLinear, MixtureWeight, dgms, harden, plan_dgms, soften
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
@@ -58,6 +59,9 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
+    "MixtureConv2d",
+    "MixtureLinear",
+    "MixtureWeight",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
@@ -78,6 +82,7 @@ __all__ = [
     "chita_pp",
     "choose",
     "decomposable",
+    "dgms",
     "diagonal_fisher",
     "dyadic",
     "explicit",
@@ -87,6 +92,7 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "harden",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
@@ -100,11 +106,13 @@ __all__ = [
     "packed_bytes",
     "per_sample_grads",
     "plan_chita",
+    "plan_dgms",
     "plan_magnitude",
     "plan_sparsegpt",
     "plan_wanda",
     "rank_macs",
     "round_ste",
+    "soften",
     "sparse_quadratic",
     "sparsegpt",
     "svd_curve",
