@@ -31,6 +31,7 @@ from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.mixture import MixtureConv2d, MixtureLinear, MixtureWeight, dgms, harden, plan_dgms, soften
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
 from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
@@ -86,6 +87,9 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
+    "MixtureConv2d",
+    "MixtureLinear",
+    "MixtureWeight",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
@@ -120,6 +124,7 @@ __all__ = [
     "cka",
     "cla_fuse",
     "decomposable",
+    "dgms",
     "diagonal_fisher",
     "dsnot",
     "dyadic",
@@ -135,6 +140,7 @@ __all__ = [
     "golden_section",
     "hap",
     "hap_scores",
+    "harden",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
@@ -154,6 +160,7 @@ __all__ = [
     "per_sample_grads",
     "plan_block_prune",
     "plan_chita",
+    "plan_dgms",
     "plan_dsnot",
     "plan_flap",
     "plan_fusion",
@@ -168,6 +175,7 @@ __all__ = [
     "reselect",
     "round_ste",
     "saw_gate",
+    "soften",
     "sparse_quadratic",
     "sparsegpt",
     "strip_gates",
