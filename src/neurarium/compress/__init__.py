@@ -10,8 +10,11 @@ from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, exp
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
+from neurarium.compress.factor.alds import alds, plan_alds, plan_svd
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
+from neurarium.compress.factor.gblr import BlockLowRankLinear, GaudiGBLR, WidthShrink, box_mask, gaudi_mask, gblr, pack_blocks
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.factor.trp import TRPCallback, decompose, plan_decompose, trp
 from neurarium.compress.gpt import GPT
 from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
@@ -43,12 +46,14 @@ __all__ = [
     "NM",
     "BitPlan",
     "Block",
+    "BlockLowRankLinear",
     "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "GaudiGBLR",
     "Group",
     "GroupSparse",
     "InputStats",
@@ -65,19 +70,24 @@ __all__ = [
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "TRPCallback",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
+    "WidthShrink",
     "affine_grid",
+    "alds",
     "apply",
     "apply_channels",
     "apply_ranks",
+    "box_mask",
     "calibrate",
     "chita",
     "chita_pp",
     "choose",
     "decomposable",
+    "decompose",
     "diagonal_fisher",
     "dyadic",
     "explicit",
@@ -86,6 +96,8 @@ __all__ = [
     "fixed_codes",
     "fixed_point",
     "fold",
+    "gaudi_mask",
+    "gblr",
     "global_threshold",
     "hessian_trace",
     "hutchinson_trace",
@@ -96,12 +108,16 @@ __all__ = [
     "milp",
     "minimax_bisect",
     "pack",
+    "pack_blocks",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_alds",
     "plan_chita",
+    "plan_decompose",
     "plan_magnitude",
     "plan_sparsegpt",
+    "plan_svd",
     "plan_wanda",
     "rank_macs",
     "round_ste",
@@ -112,6 +128,7 @@ __all__ = [
     "taylor",
     "to_dense_runtime",
     "to_sparse_runtime",
+    "trp",
     "unfold",
     "uniform",
     "unpack",
