@@ -10,8 +10,11 @@ from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, exp
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
+from neurarium.compress.factor.alds import alds, plan_alds, plan_svd
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
+from neurarium.compress.factor.gblr import BlockLowRankLinear, GaudiGBLR, WidthShrink, box_mask, gaudi_mask, gblr, pack_blocks
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.factor.trp import TRPCallback, decompose, plan_decompose, trp
 from neurarium.compress.fuse.crosslayer import align_layers, apply_fusion, cla_fuse, plan_fusion
 from neurarium.compress.fuse.similarity import cka, layer_costs
 from neurarium.compress.fuse.transport import FusionPlan, optimal_transport, ot_fuse
@@ -64,6 +67,7 @@ __all__ = [
     "NM",
     "BitPlan",
     "Block",
+    "BlockLowRankLinear",
     "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
@@ -75,6 +79,7 @@ __all__ = [
     "Gate",
     "GateLoss",
     "Gated",
+    "GaudiGBLR",
     "Group",
     "GroupSparse",
     "HapScores",
@@ -99,14 +104,17 @@ __all__ = [
     "SelfAttention",
     "SparseLinear",
     "SparseSolution",
+    "TRPCallback",
     "Tiles",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
+    "WidthShrink",
     "ablation",
     "add_gates",
     "affine_grid",
+    "alds",
     "align_layers",
     "apply",
     "apply_channels",
@@ -116,6 +124,7 @@ __all__ = [
     "apply_ranges",
     "apply_ranks",
     "block_prune",
+    "box_mask",
     "calibrate",
     "chita",
     "chita_pp",
@@ -124,6 +133,7 @@ __all__ = [
     "cka",
     "cla_fuse",
     "decomposable",
+    "decompose",
     "dgms",
     "diagonal_fisher",
     "dsnot",
@@ -136,6 +146,8 @@ __all__ = [
     "fixed_point",
     "flap",
     "fold",
+    "gaudi_mask",
+    "gblr",
     "global_threshold",
     "golden_section",
     "hap",
@@ -155,11 +167,14 @@ __all__ = [
     "optimal_transport",
     "ot_fuse",
     "pack",
+    "pack_blocks",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_alds",
     "plan_block_prune",
     "plan_chita",
+    "plan_decompose",
     "plan_dgms",
     "plan_dsnot",
     "plan_flap",
@@ -168,6 +183,7 @@ __all__ = [
     "plan_magnitude",
     "plan_ranges",
     "plan_sparsegpt",
+    "plan_svd",
     "plan_units",
     "plan_wanda",
     "rank_macs",
@@ -185,6 +201,7 @@ __all__ = [
     "to_dense_runtime",
     "to_sparse_runtime",
     "trainable_gate",
+    "trp",
     "unfold",
     "uniform",
     "unit_fluctuation",
