@@ -10,6 +10,15 @@ from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, exp
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
+from neurarium.compress.distil import (
+    ActiveShapeModel,
+    LandmarkKD,
+    SoftTargets,
+    assistive_loss,
+    landmark_kd_loss,
+    main_loss,
+    with_teachers,
+)
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
 from neurarium.compress.fuse.crosslayer import align_layers, apply_fusion, cla_fuse, plan_fusion
@@ -44,6 +53,7 @@ from neurarium.compress.taylor import taylor
 __all__ = [
     "GPT",
     "NM",
+    "ActiveShapeModel",
     "BitPlan",
     "Block",
     "BlockSparse",
@@ -57,6 +67,7 @@ __all__ = [
     "GroupSparse",
     "InputStats",
     "Int8Sparse",
+    "LandmarkKD",
     "Layout",
     "LinearView",
     "LowRankConv2d",
@@ -67,6 +78,7 @@ __all__ = [
     "Pattern",
     "RankPlan",
     "SelfAttention",
+    "SoftTargets",
     "SparseLinear",
     "SparseSolution",
     "TraceReport",
@@ -79,6 +91,7 @@ __all__ = [
     "apply_channels",
     "apply_fusion",
     "apply_ranks",
+    "assistive_loss",
     "calibrate",
     "chita",
     "chita_pp",
@@ -98,10 +111,12 @@ __all__ = [
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "landmark_kd_loss",
     "layer_costs",
     "load_sparse",
     "low_rank",
     "magnitude",
+    "main_loss",
     "milp",
     "minimax_bisect",
     "optimal_transport",
@@ -128,5 +143,6 @@ __all__ = [
     "uniform",
     "unpack",
     "wanda",
+    "with_teachers",
     "woodfisher",
 ]
