@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neurarium import meter
-from neurarium.compress import ChannelGraph, ChannelPlan, apply_channels
+from neurarium.compress import GPT, ChannelGraph, ChannelPlan, apply_channels
 from neurarium.errors import BadInput, UnsupportedModel
 
 
@@ -362,6 +362,18 @@ def test_torchs_own_encoder_goes_through_export() -> None:
     assert any("self_attn" in name for name in graph.frozen)
     kept = random_kept(graph, 2, exact=True)
     torch.testing.assert_close(graph.remove(model, kept)(x), masked(model, graph, kept)(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_heads_are_found_where_a_method_of_the_attention_is_called_from_outside() -> None:
+    torch.manual_seed(0)
+    model, ids = GPT(11, width=12, heads=3, layers=2, context=8).eval(), torch.randint(0, 11, (2, 8))
+    graph = ChannelGraph.trace(model, ids)
+    assert graph["blocks.1.attention.q"].size == 3
+    kept = {"blocks.0.attention.q": torch.tensor([0, 2]), "blocks.1.attention.q": torch.tensor([1])}
+    smaller = graph.remove(model, kept)
+    assert smaller.blocks[1].attention.num_heads == 1
+    torch.testing.assert_close(smaller(ids), masked(model, graph, kept)(ids), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

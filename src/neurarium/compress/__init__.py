@@ -29,6 +29,7 @@ from neurarium.compress.graph import ChannelGraph
 from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
@@ -49,6 +50,15 @@ from neurarium.compress.runtime import (
 )
 from neurarium.compress.sensitivity import FisherOperator, per_sample_grads
 from neurarium.compress.taylor import taylor
+from neurarium.compress.unit_scores import (
+    ablation,
+    choose_groups,
+    norm_product,
+    plan_units,
+    unit_norm,
+    unit_sum,
+    unit_taylor,
+)
 
 __all__ = [
     "GPT",
@@ -65,6 +75,9 @@ __all__ = [
     "FusionPlan",
     "Group",
     "GroupSparse",
+    "HapScores",
+    "ImplantConv2d",
+    "ImplantLinear",
     "InputStats",
     "Int8Sparse",
     "LandmarkKD",
@@ -85,17 +98,20 @@ __all__ = [
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
+    "ablation",
     "affine_grid",
     "align_layers",
     "apply",
     "apply_channels",
     "apply_fusion",
+    "apply_hap",
     "apply_ranks",
     "assistive_loss",
     "calibrate",
     "chita",
     "chita_pp",
     "choose",
+    "choose_groups",
     "cka",
     "cla_fuse",
     "decomposable",
@@ -108,6 +124,8 @@ __all__ = [
     "fixed_point",
     "fold",
     "global_threshold",
+    "hap",
+    "hap_scores",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
@@ -119,6 +137,7 @@ __all__ = [
     "main_loss",
     "milp",
     "minimax_bisect",
+    "norm_product",
     "optimal_transport",
     "ot_fuse",
     "pack",
@@ -127,8 +146,10 @@ __all__ = [
     "per_sample_grads",
     "plan_chita",
     "plan_fusion",
+    "plan_hap",
     "plan_magnitude",
     "plan_sparsegpt",
+    "plan_units",
     "plan_wanda",
     "rank_macs",
     "round_ste",
@@ -141,6 +162,9 @@ __all__ = [
     "to_sparse_runtime",
     "unfold",
     "uniform",
+    "unit_norm",
+    "unit_sum",
+    "unit_taylor",
     "unpack",
     "wanda",
     "with_teachers",

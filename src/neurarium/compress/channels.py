@@ -44,7 +44,7 @@ class ChannelPlan:
         attributes: "module.attribute" -> new value, for attributes that count channels.
         cost_before, cost_after: what the model costs for the traced example.
         scores: group id -> the scores that led here, if any.
-        implanted: group id -> units that get a cheap substitute (used by methods that have one).
+        implanted: module -> its outputs (numbered as before) that get a cheap substitute (used by methods that have one).
         skipped: module -> why its output cannot be pruned.
     """
 
@@ -58,6 +58,10 @@ class ChannelPlan:
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     implanted: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As text: a model that carries its plan pickles without further tensors."""
+        return ChannelPlan.from_json, (self.to_json(),)
 
     def check(self, model: nn.Module) -> None:
         """Raises BadInput naming the first tensor that is missing or has another shape."""

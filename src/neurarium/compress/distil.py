@@ -2,7 +2,8 @@
 
 **Landmarks.** The tough teacher was trained on the true points, the tolerant one on points that a shape model has smoothed, which are
 easier to hit. How far a teacher is from the truth says, coordinate by coordinate, how hard a point is: the student is pushed while it is
-worse than the teacher, and let go, even a little rewarded, once it is better. With truth g, prediction p and teacher t, reflect the teacher to the
+worse than the teacher, and let go, even a little rewarded, once it is better.
+With truth g, prediction p and teacher t, reflect the teacher to the
 student's side, t' = g + sign(p - g) |t - g|, and
 
     assist = mean( w |t' - p| ),   w = alpha   where |p - g| > |t - g|,   alpha_minus   nearer than the teacher,

@@ -191,10 +191,19 @@ class ChannelGraph:
             if attribute:
                 result[f"{path}.{attribute}".lstrip(".")] = after
             else:
-                for name, value in self._integers.get(path, {}).items():
-                    if value == before and (name in _INNER or ("head" in name and "dim" not in name and "size" not in name)):
-                        result[f"{path}.{name}".lstrip(".")] = after
+                for owner in self._owners(path, ids):
+                    for name, value in self._integers.get(owner, {}).items():
+                        if value == before and (name in _INNER or ("head" in name and "dim" not in name and "size" not in name)):
+                            result[f"{owner}.{name}".lstrip(".")] = after
         return result
+
+    def _owners(self, path: str, ids: np.ndarray) -> list[str]:
+        """A module that folds channels, and those in it that hold the layers which make them (a method may be called from outside)."""
+        roots = self._parent[ids[ids >= 0]]
+        makers = [m.module for g in self.groups if np.isin(g.labels, roots).any() for m in g.members if m.side == "out"]
+        start = f"{path}." if path else ""
+        inside = {m[: i + len(start)] for m in makers if m.startswith(start) for i, c in enumerate(m[len(start) :]) if c == "."}
+        return [path, *sorted(inside)]
 
     def _prove(self, model: nn.Module, example: Example) -> None:
         """Removes a unit of each group and traces again; freezes the groups for which the sizes are not as foretold."""

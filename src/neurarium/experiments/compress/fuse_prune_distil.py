@@ -1,9 +1,9 @@
 """Fuse, prune or distil: a small network from a deep trained one, at one size and one number of epochs.
 
 The teacher is a residual network of 14 layers. Every student has at most the parameters of the one of 8 layers, sees the same 4,000 images
-for four epochs in all, and ends with one cycle of the learning rate. ``fused`` spends half of its epochs on a student from scratch, which it
-fuses with the teacher by CLAFusion (layers merged away), and the rest on tuning; ``dropped`` keeps the teacher's matched blocks alone; ``pruned``
-keeps the teacher's largest channels; ``distilled`` starts from scratch with the teacher's soft targets.
+for four epochs in all, and ends with one cycle of the learning rate. ``fused`` spends half of its epochs on a student from scratch, which
+it fuses with the teacher by CLAFusion (layers merged away), and the rest on tuning; ``dropped`` keeps the teacher's matched blocks alone;
+``pruned`` keeps the channels that HAP's curvature picks; ``distilled`` starts from scratch with the teacher's soft targets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from neurarium.compress import ChannelGraph, SoftTargets, cla_fuse
+from neurarium.compress import SoftTargets, cla_fuse, hap
 from neurarium.data import ImageTask
 from neurarium.experiments.compress.zoo import Augmented, accuracy, cifar, finetune, resnet
 from neurarium.learn.fit import Backprop, Learner
@@ -66,9 +66,9 @@ def run(trial: Trial) -> None:
         if arm.name in ("scratch", "distilled"):
             lr = FRESH
         elif arm.name == "pruned":
-            small = prune(large, few.train.x[:2], parameters(small))
+            small = prune(large, calibration, parameters(small), trial.seed)
         elif arm.name == "dropped":
-            small = cla_fuse(large, finetune(small, few, epochs=0, seed=trial.seed), calibration, balance="merge", weight=0.0)
+            small = cla_fuse(large, small.eval(), calibration, balance="merge", weight=0.0)
         else:
             small = cla_fuse(large, trial.shared("half", half), calibration, balance="merge")
             rest = epochs - epochs // 2
@@ -88,30 +88,17 @@ def train(model: nn.Module, task: ImageTask, epochs: int, lr: float, seed: int, 
     model.eval()
 
 
-@torch.no_grad()
-def prune(model: nn.Module, x: torch.Tensor, most: int) -> nn.Module:
-    """The same share of each group's channels, those of the largest incoming weights, with at most `most` parameters."""
-    graph = ChannelGraph.trace(model, x)
-    scores = {}
-    for group in graph.groups:
-        total = torch.zeros(group.size)
-        for member in group.members:
-            if member.side == "out":
-                weight = model.get_submodule(member.module).weight
-                total += weight.flatten(1).square().sum(1).cpu()[member.index].sum(1)
-        scores[group.id] = total
-    for share in torch.linspace(0.99, 0.1, 90).tolist():
-        kept = {name: s.topk(max(1, round(share * len(s)))).indices.sort().values for name, s in scores.items()}
-        if graph.cost(kept).params <= most:
-            return graph.remove(model, kept)
-    raise AssertionError("unreachable: a tenth of the channels is less than an eighth of the layers")
+def prune(model: nn.Module, loader: list, most: int, seed: int) -> nn.Module:
+    """HAP without implants, in residual streams too, to at most `most` parameters."""
+    ratio = 1 - most / parameters(model)
+    return hap(model, loader, ratio=ratio, of="params", implant=0.0, coupled="sum", probes=8, samples=128, seed=seed)
 
 
 def figure(record: RecordView, fig: Figure) -> None:
     fig.set_size_inches(8.5, 4.2)
     ax = fig.subplots()
     colours = ("#999999", "#56B4E9", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")
-    for i, ((arm, label), colour) in enumerate(zip(LABELS.items(), colours, strict=True)):
+    for i, (arm, colour) in enumerate(zip(LABELS, colours, strict=True)):
         before, after = (100 * record.values(arm, metric) for metric in ("before", "accuracy"))
         ax.plot([before.mean(), after.mean()], [-i, -i], color=colour, linewidth=3, alpha=0.35)
         ax.plot(before, [-i] * len(before), "o", color=colour, markerfacecolor="white", label="before" if not i else None)
