@@ -10,6 +10,7 @@ from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, exp
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
+from neurarium.compress.distil import ActiveShapeModel, LandmarkKD, SoftTargets, assistive_loss, landmark_kd_loss, main_loss, with_teachers
 from neurarium.compress.factor.alds import alds, plan_alds, plan_svd
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
 from neurarium.compress.factor.gblr import BlockLowRankLinear, GaudiGBLR, WidthShrink, box_mask, gaudi_mask, gblr, pack_blocks
@@ -65,6 +66,7 @@ from neurarium.compress.unit_scores import (
 __all__ = [
     "GPT",
     "NM",
+    "ActiveShapeModel",
     "BitPlan",
     "Block",
     "BlockLowRankLinear",
@@ -87,6 +89,7 @@ __all__ = [
     "ImplantLinear",
     "InputStats",
     "Int8Sparse",
+    "LandmarkKD",
     "Layout",
     "LinearView",
     "LowRankConv2d",
@@ -102,6 +105,7 @@ __all__ = [
     "RangePlan",
     "RankPlan",
     "SelfAttention",
+    "SoftTargets",
     "SparseLinear",
     "SparseSolution",
     "TRPCallback",
@@ -123,6 +127,7 @@ __all__ = [
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
+    "assistive_loss",
     "block_prune",
     "box_mask",
     "calibrate",
@@ -156,11 +161,13 @@ __all__ = [
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "landmark_kd_loss",
     "layer_costs",
     "load_sparse",
     "low_rank",
     "magnitude",
     "magnitude_sp",
+    "main_loss",
     "milp",
     "minimax_bisect",
     "norm_product",
@@ -211,5 +218,6 @@ __all__ = [
     "unpack",
     "wanda",
     "wanda_sp",
+    "with_teachers",
     "woodfisher",
 ]
