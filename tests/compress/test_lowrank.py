@@ -187,6 +187,13 @@ def test_apply_replaces_what_it_can_and_names_the_rest() -> None:
         decomposable(nn.Sequential(nn.ReLU(), nn.Embedding(3, 3)))
 
 
+def test_decomposing_leaves_the_global_random_state_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(6, 3))
+    state = torch.get_rng_state()
+    apply_ranks(model, RankPlan({"0": (2, 1, 0), "1": (1, 2, 0)}))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_bad_ranks_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2))
     for entry, message in {

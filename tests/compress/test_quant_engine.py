@@ -187,3 +187,14 @@ def test_codebooks_and_what_does_not_fit() -> None:
         symmetric_grid(torch.tensor([float("nan")]), 4)
     with pytest.raises(BadInput, match="bytes of uint8"):
         unpack(torch.zeros(3, dtype=torch.uint8), 4, 4)
+
+
+def test_a_pickled_packed_convolution_holds_no_weight() -> None:
+    """The sizes of the pickled codes, table and bias, and nothing of the size of the weight, not even without data."""
+    import pickle
+
+    layer = pack_layer(nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), symmetric_grid(torch.ones(1), 4))
+    assert not list(layer._frame[0].parameters())
+    x = _rand(2, 16, 5, 5)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    torch.testing.assert_close(layer.unpacked()(x), layer(x))

@@ -10,8 +10,12 @@ from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, exp
 from neurarium.compress.calibrate import InputStats, calibrate
 from neurarium.compress.channels import ChannelPlan, Cost, apply_channels
 from neurarium.compress.curvature import TraceReport, hessian_trace, hutchinson_trace
+from neurarium.compress.distil import ActiveShapeModel, LandmarkKD, SoftTargets, assistive_loss, landmark_kd_loss, main_loss, with_teachers
+from neurarium.compress.factor.alds import alds, plan_alds, plan_svd
 from neurarium.compress.factor.fold import factors, fold, svd_curve, unfold
+from neurarium.compress.factor.gblr import BlockLowRankLinear, GaudiGBLR, WidthShrink, box_mask, gaudi_mask, gblr, pack_blocks
 from neurarium.compress.factor.lowrank import LowRankConv2d, LowRankLinear, apply_ranks, decomposable, low_rank, rank_macs
+from neurarium.compress.factor.trp import TRPCallback, decompose, plan_decompose, trp
 from neurarium.compress.fuse.crosslayer import align_layers, apply_fusion, cla_fuse, plan_fusion
 from neurarium.compress.fuse.similarity import cka, layer_costs
 from neurarium.compress.fuse.transport import FusionPlan, optimal_transport, ot_fuse
@@ -22,6 +26,8 @@ from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
 from neurarium.compress.prune.conditional import ConditionalPruner, cacp
+from neurarium.compress.prune.dsnot import dsnot, plan_dsnot, reselect
+from neurarium.compress.prune.flap import FlapPlan, apply_flap, flap, magnitude_sp, plan_flap, wanda_sp
 from neurarium.compress.prune.gate import Gate, Gated, GateLoss, add_gates, saw_gate, strip_gates, trainable_gate
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
@@ -31,6 +37,7 @@ from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.mixture import MixtureConv2d, MixtureLinear, MixtureWeight, dgms, harden, plan_dgms, soften
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
 from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
 from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
@@ -39,9 +46,15 @@ from neurarium.compress.runtime import (
     BlockSparse,
     GroupSparse,
     Int8Sparse,
+    SparseBytePlan,
+    SparseConv2d,
     SparseLinear,
     choose,
+    group_mask,
     load_sparse,
+    plan_groups,
+    rearrange_channels,
+    sparsebyte,
     to_dense_runtime,
     to_sparse_runtime,
 )
@@ -61,8 +74,10 @@ from neurarium.compress.unit_scores import (
 __all__ = [
     "GPT",
     "NM",
+    "ActiveShapeModel",
     "BitPlan",
     "Block",
+    "BlockLowRankLinear",
     "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
@@ -70,10 +85,12 @@ __all__ = [
     "Cost",
     "Dyadic",
     "FisherOperator",
+    "FlapPlan",
     "FusionPlan",
     "Gate",
     "GateLoss",
     "Gated",
+    "GaudiGBLR",
     "Group",
     "GroupSparse",
     "HapScores",
@@ -81,12 +98,16 @@ __all__ = [
     "ImplantLinear",
     "InputStats",
     "Int8Sparse",
+    "LandmarkKD",
     "Layout",
     "LinearView",
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
     "NetworkGraph",
+    "MixtureConv2d",
+    "MixtureLinear",
+    "MixtureWeight",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
@@ -95,25 +116,34 @@ __all__ = [
     "RangePlan",
     "RankPlan",
     "SelfAttention",
+    "SoftTargets",
+    "SparseBytePlan",
+    "SparseConv2d",
     "SparseLinear",
     "SparseSolution",
+    "TRPCallback",
     "Tiles",
     "TraceReport",
     "TransformerBlocks",
     "UniformGrid",
     "Unstructured",
+    "WidthShrink",
     "ablation",
     "add_gates",
     "affine_grid",
+    "alds",
     "align_layers",
     "apply",
     "apply_channels",
+    "apply_flap",
     "apply_fusion",
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
     "cacp",
+    "assistive_loss",
     "block_prune",
+    "box_mask",
     "calibrate",
     "chita",
     "chita_pp",
@@ -122,7 +152,10 @@ __all__ = [
     "cka",
     "cla_fuse",
     "decomposable",
+    "decompose",
+    "dgms",
     "diagonal_fisher",
+    "dsnot",
     "dyadic",
     "estimate_range",
     "explicit",
@@ -130,44 +163,64 @@ __all__ = [
     "finalise",
     "fixed_codes",
     "fixed_point",
+    "flap",
     "fold",
+    "gaudi_mask",
+    "gblr",
     "global_threshold",
     "golden_section",
+    "group_mask",
     "hap",
     "hap_scores",
+    "harden",
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "landmark_kd_loss",
     "layer_costs",
     "load_sparse",
     "low_rank",
     "magnitude",
     "meta_prune",
     "meta_train",
+    "magnitude_sp",
+    "main_loss",
     "milp",
     "minimax_bisect",
     "norm_product",
     "optimal_transport",
     "ot_fuse",
     "pack",
+    "pack_blocks",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_alds",
     "plan_block_prune",
     "plan_chita",
+    "plan_decompose",
+    "plan_dgms",
+    "plan_dsnot",
+    "plan_flap",
     "plan_fusion",
+    "plan_groups",
     "plan_hap",
     "plan_group_norm",
     "plan_magnitude",
     "plan_ranges",
     "plan_sparsegpt",
+    "plan_svd",
     "plan_units",
     "plan_wanda",
     "rank_macs",
+    "rearrange_channels",
     "requant",
+    "reselect",
     "round_ste",
     "saw_gate",
+    "soften",
     "sparse_quadratic",
+    "sparsebyte",
     "sparsegpt",
     "strip_gates",
     "svd_curve",
@@ -176,6 +229,7 @@ __all__ = [
     "to_dense_runtime",
     "to_sparse_runtime",
     "trainable_gate",
+    "trp",
     "unfold",
     "uniform",
     "unit_fluctuation",
@@ -184,5 +238,7 @@ __all__ = [
     "unit_taylor",
     "unpack",
     "wanda",
+    "wanda_sp",
+    "with_teachers",
     "woodfisher",
 ]

@@ -32,7 +32,7 @@ from neurarium.compress.calibrate import is_conv1d
 from neurarium.compress.gpt import GPTBlock
 from neurarium.errors import BadInput, UnsupportedModel
 
-__all__ = ["LAYOUTS", "Block", "Layout", "LinearView", "TransformerBlocks", "explicit"]
+__all__ = ["LAYOUTS", "Block", "Layout", "LinearView", "TransformerBlocks", "explicit", "opened"]
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,14 @@ def explicit(model: nn.Module) -> nn.Module:
                 module._modules[child_name] = made.setdefault(id(child), _linear(child))
     _avoid_nested(result)
     return result
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """``explicit(model)`` if that differs from the model, else the model itself."""
+    for module in model.modules():
+        if is_conv1d(module) or (isinstance(module, nn.TransformerEncoderLayer) and type(module.self_attn) is nn.MultiheadAttention):
+            return explicit(model)
+    return model
 
 
 def _linear(conv: nn.Module) -> nn.Linear:

@@ -211,7 +211,8 @@ def low_rank(layer: nn.Module, rank: int, *, splits: int = 1, scheme: int = 0) -
     if reason := why_not_low_rank(layer):
         raise UnsupportedModel(reason, module=type(layer).__name__)
     kind = LowRankLinear if type(layer) is nn.Linear else LowRankConv2d
-    result = kind.like(layer, rank, splits=splits, scheme=scheme)  # type: ignore[arg-type]
+    device = layer.weight.device  # built without storage first: an initialisation would move the global random state
+    result = kind.like(layer, rank, splits=splits, scheme=scheme, device="meta").to_empty(device=device)  # type: ignore[arg-type]
     result.set_factors(*factors(layer.weight, rank, splits, scheme))
     if layer.bias is not None:
         with torch.no_grad():

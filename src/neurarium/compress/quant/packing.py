@@ -128,7 +128,9 @@ class PackedConv2d(_Packed):
             "in_channels": layer.in_channels, "out_channels": layer.out_channels, "kernel_size": layer.kernel_size, "stride": layer.stride,
             "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups, "padding_mode": layer.padding_mode,
         }  # fmt: skip
-        self._frame = (nn.Conv2d(**self._options, bias=False, device="meta"),)  # knows how to pad; a tuple keeps it out of the state
+        frame = nn.Conv2d(**self._options, bias=False, device="meta")
+        frame.weight = None  # type: ignore[assignment]
+        self._frame = (frame,)  # knows how to pad; a tuple keeps it out of the state
         self._store(layer, codes, bits, table, scale)
 
     def forward(self, x: Tensor) -> Tensor:

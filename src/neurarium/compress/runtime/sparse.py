@@ -1,7 +1,8 @@
-"""A model whose sparse linear layers really skip the zeros: smaller on disk, faster where the planner says so, still an ordinary module.
+"""A model whose sparse layers really skip the zeros: smaller on disk, faster where the planner says so, still an ordinary module.
 
-``to_sparse_runtime`` copies a model, looks at every masked ``Linear`` (and every plain one with enough zeros), asks the planner, and
-replaces those where a sparse form wins by :class:`SparseLinear`; a following ReLU or GELU inside the same ``nn.Sequential`` goes into the
+``to_sparse_runtime`` copies a model, looks at every masked ``Linear`` or ``Conv2d`` (and every plain one with enough zeros), asks the
+planner, and replaces those where a sparse form wins by :class:`SparseLinear` or
+:class:`~neurarium.compress.runtime.conv.SparseConv2d`; a following ReLU or GELU inside the same ``nn.Sequential`` goes into the
 product. The others become plain dense layers again, and ``result.plan`` says why.
 
 *Source*: arXiv 2306.16601 (constant blocks shaped like the vector instruction, fused epilogue); the 16 x 1 groups are those of arXiv
@@ -18,13 +19,14 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from neurarium.compress.plan import MaskedLinear, prunable
+from neurarium.compress.plan import MaskedConv2d, MaskedLinear, finalise, prunable
 from neurarium.compress.runtime.formats import GroupSparse, SparseMatrix, from_numbers, from_tensors
 from neurarium.compress.runtime.int8 import Int8Sparse
 from neurarium.compress.runtime.planner import Choice, Machine, candidates, choose
@@ -177,14 +179,14 @@ def to_sparse_runtime(
     planner: str | Machine = "measure",
     rivals: tuple[str, ...] | None = None,
 ) -> nn.Module:
-    """A copy whose sparse Linears run from a compact form; `result.plan` is the :class:`RuntimePlan`.
+    """A copy whose sparse Linears and convolutions run from a compact form; `result.plan` is the :class:`RuntimePlan`.
 
     Args:
-        dtype: "float32", or "int8" (weights rounded per output row, inputs per token; no gradients).
+        dtype: "float32", or "int8" (Linears only; weights rounded per output row, inputs per token; no gradients).
         block: the format, (16, 1), (8, 1), (4, 1), (1, 1), ..., for int8 (16, 4) or (4, 1); None lets the planner look for it.
         min_sparsity: layers with fewer zeros are not even tried.
-        example: an input of the model (a tensor, or a tuple of arguments), from which each layer's number of tokens is read; without it
-            128 tokens are assumed.
+        example: an input of the model (a tensor, a tuple of arguments, or a mapping of keywords), from which the size of each layer's
+            input is read; without it 128 tokens are assumed, and images of 14 x 14 for convolutions.
         planner: "measure" times dense and sparse on this machine now, "always" takes the sparsest format without asking, a
             :class:`~neurarium.compress.runtime.planner.Machine` computes.
         rivals: see :func:`~neurarium.compress.runtime.planner.choose`.
@@ -195,34 +197,46 @@ def to_sparse_runtime(
         raise BadInput(f"min_sparsity must be in [0, 1], got {min_sparsity}")
     if not (planner in ("measure", "always") or isinstance(planner, Machine)):
         raise BadInput(f"planner must be 'measure', 'always' or a Machine, got {planner!r}")
-    layers, skipped = prunable(model, (nn.Linear,))
-    tokens = _tokens(model, layers, example)
+    from neurarium.compress.runtime.conv import SparseConv2d, choose_conv, pixels, unfit  # they build on this module
+
+    layers, skipped = prunable(model, (nn.Linear, nn.Conv2d) if dtype == "float32" else (nn.Linear,))
+    shapes = _shapes(model, layers, example)
+    tokens: dict[str, int] = {}
     formats: dict[str, str] = {}
     reasons: dict[str, str] = {}
-    made: dict[str, SparseLinear | nn.Linear] = {}
+    made: dict[str, nn.Module] = {}
     before = after = 0
     for name, layer in layers.items():
         mask = getattr(layer, "mask", None)
         weight = layer.weight.detach() if mask is None else layer.weight.detach() * mask
         empty = 1 - ((weight != 0) if mask is None else mask).float().mean().item()
+        conv = isinstance(layer, nn.Conv2d)
         if layer.weight.dtype != torch.float32 or layer.weight.device.type != "cpu":
             skipped[name] = f"is {layer.weight.dtype} on {layer.weight.device.type}; the kernels are for float32 models on the CPU"
         elif empty < min_sparsity:
             skipped[name] = f"has {empty:.0%} zeros, below min_sparsity = {min_sparsity:.0%}"
+        elif conv and (why := unfit(layer)):
+            skipped[name] = why
         else:
-            choice = _decide(weight, mask, tokens[name], dtype, block, planner, rivals)
+            tokens[name] = pixels(layer, shapes[name]) if conv else math.prod(shapes[name][:-1])
+            if conv and planner == "measure":
+                choice = choose_conv(layer, shapes[name], block=block)
+            else:
+                flat = None if mask is None else mask.flatten(1)
+                choice = _decide(weight.flatten(1), flat, tokens[name], dtype, block, planner, rivals)
             if choice.matrix is None:
                 skipped[name] = choice.reason
             else:
-                made[name] = sparse = SparseLinear(choice.matrix, layer.bias).train(layer.training)
+                sparse = SparseConv2d(choice.matrix, layer) if conv else SparseLinear(choice.matrix, layer.bias)
+                made[name] = sparse.train(layer.training)
                 for old, new in ((layer.weight, sparse.values), (layer.bias, sparse.bias)):
                     if isinstance(new, nn.Parameter):
                         new.requires_grad_(old.requires_grad)
                 formats[name], reasons[name] = choice.name, choice.reason
                 before += sum(t.numel() * t.element_size() for t in (weight, layer.bias) if t is not None)
                 after += sparse.nbytes
-        if name not in made and isinstance(layer, MaskedLinear):
-            made[name] = _baked(layer)
+        if name not in made and isinstance(layer, (MaskedLinear, MaskedConv2d)):
+            made[name] = finalise(layer)
     result = _fused(_replaced(model, {id(layers[n]): new for n, new in made.items()}))
     result.plan = RuntimePlan(formats, reasons, skipped, {n: tokens[n] for n in formats}, before, after)
     return result
@@ -244,18 +258,22 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     `model` is the network as it was built before ``to_sparse_runtime``; its own weights do not matter.
     """
+    from neurarium.compress.runtime.conv import SparseConv2d
+
     names = [key[: -len(".meta")] if key != "meta" else "" for key in state if key == "meta" or key.endswith(".meta")]
     modules = dict(model.named_modules())
     made = {}
     for name in names:
         prefix = f"{name}." if name else ""
         layer = modules.get(name)
-        if not isinstance(layer, (nn.Linear, SparseLinear)):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d, SparseLinear)):
             raise BadInput(f"the state dict has a sparse layer {name!r}, the model {'none' if layer is None else type(layer).__name__}")
         matrix = _matrix_in(state, prefix)
-        if matrix.shape != tuple(layer.weight.shape):
+        if matrix.shape != tuple(layer.weight.flatten(1).shape):
             raise BadInput(f"{name}: the state dict's matrix is {matrix.shape}, the layer's {tuple(layer.weight.shape)}")
-        made[id(layer)] = SparseLinear(matrix, state.get(prefix + "bias")).train(layer.training)
+        plain = isinstance(layer, nn.Conv2d)
+        sparse = SparseConv2d(matrix, layer) if plain else SparseLinear(matrix, state.get(prefix + "bias"))
+        made[id(layer)] = sparse.train(layer.training)
     result = _fused(_replaced(model, made))
     result.load_state_dict(state)
     return result
@@ -283,38 +301,33 @@ class _Asked(Choice):
         return f"{self.name}, as asked, without a look at the time"
 
 
-def _tokens(model: nn.Module, layers: Mapping[str, nn.Module], example: object) -> dict[str, int]:
-    """Rows of each layer's input, the largest where a layer runs several times."""
+def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], example: object) -> dict[str, tuple[int, ...]]:
+    """The shape of each layer's input, the largest where a layer runs several times."""
+    seen = {name: (1, m.in_channels, 14, 14) if isinstance(m, nn.Conv2d) else (128, m.in_features) for name, m in layers.items()}
     if example is None:
-        return dict.fromkeys(layers, 128)
-    seen = dict.fromkeys(layers, 0)
+        return seen
+    met: set[str] = set()
     handles = []
     for name, layer in layers.items():
 
         def look(_module, args, kwargs, name=name):
             x = args[0] if args else next(iter(kwargs.values()))
-            seen[name] = max(seen[name], x.numel() // x.shape[-1])
+            if name not in met or x.numel() > math.prod(seen[name]):
+                seen[name] = tuple(x.shape)
+            met.add(name)
 
         handles.append(layer.register_forward_pre_hook(look, with_kwargs=True))
     training = {m: m.training for m in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+            given = example if isinstance(example, Mapping) else {}
+            model.eval()(*(() if given else example if isinstance(example, tuple) else (example,)), **given)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-    return {name: n or 128 for name, n in seen.items()}
-
-
-def _baked(layer: MaskedLinear) -> nn.Linear:
-    plain = copy.deepcopy(layer)
-    with torch.no_grad():
-        plain.weight.mul_(plain.mask)
-    del plain._buffers["mask"]
-    plain.__class__ = nn.Linear
-    return plain
+    return seen
 
 
 def _opened(layer: SparseLinear, alone: bool) -> nn.Module:
