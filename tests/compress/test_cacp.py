@@ -62,7 +62,7 @@ def test_every_actor_meets_every_target(name: str) -> None:
 def test_the_agent_finds_what_brute_force_finds() -> None:
     pruner = ConditionalPruner(mlp(), example=EXAMPLE, rates=(0.5,), reward=reward, episodes=150).fit(LOADER)
     target = 0.5 * pruner.full
-    every = [c for c in itertools.product(range(5, 25), range(4, 17), range(3, 13))]
+    every = list(itertools.product(range(5, 25), range(4, 17), range(3, 13)))
     costs = pruner.graph.macs(np.array(every))
     values = np.array([worth(c) for c, cost in zip(every, costs, strict=True) if cost <= target * (1 + 1e-9)])
     best, found = values.max(), worth(tuple(len(k) for k in pruner.plan(0.5).kept.values()))
