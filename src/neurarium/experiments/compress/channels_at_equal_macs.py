@@ -35,8 +35,8 @@ ARMS = ("random", "l1", "taylor", "hap", "flap", "group_norm", "gate", "cacp", "
 
 def run(trial: Trial) -> None:
     task = cifar(trial)
-    few = TensorData(task.train.x[: trial.scale(smoke=128, laptop=4000)], task.train.y[: trial.scale(smoke=128, laptop=4000)])
-    samples, held = trial.scale(smoke=32, laptop=256), len(task.test) // 5
+    few = TensorData(task.train.x[: trial.scale(smoke=128, laptop=2560)], task.train.y[: trial.scale(smoke=128, laptop=2560)])
+    samples, held = trial.scale(smoke=32, laptop=192), len(task.test) // 5
     calibration, batch = few.x[:200], [(few.x[:samples], few.y[:samples])]
     judge = (task.test.x[:held], task.test.y[:held])
     x, y = task.test.x[held:], task.test.y[held:]
@@ -74,7 +74,8 @@ def _small(
     if name == "cacp":
         rates = tuple(1 - left for left in LEFT)
         pruner = ConditionalPruner(
-            model, example=few.x[:1], rates=rates, episodes=trial.scale(smoke=3, laptop=60), samples=len(judge[0]), seed=trial.seed
+            model, example=few.x[:1], rates=rates, episodes=trial.scale(smoke=3, laptop=45), samples=len(judge[0]),
+            updates=1, seed=trial.seed,
         ).fit([judge])  # fmt: skip
         plans = [pruner.plan(rate) for rate in rates]
     elif name == "metapruning":
@@ -95,7 +96,7 @@ def _scores(name: str, seed: int) -> Callable[[nn.Module, ChannelGraph, list], d
         "random": lambda model, graph, batch: {g.id: torch.rand(g.size, generator=draw).double() for g in graph.groups},
         "l1": lambda model, graph, batch: {k: s / s.mean() for k, s in unit_norm(model, graph.groups, p=1).items()},
         "taylor": lambda model, graph, batch: unit_taylor(model, graph.groups, batch, samples=len(batch[0][0])),
-        "hap": lambda model, graph, batch: hap_scores(model, graph.groups, batch, probes=16, samples=len(batch[0][0]), seed=seed).scores,
+        "hap": lambda model, graph, batch: hap_scores(model, graph.groups, batch, probes=12, samples=len(batch[0][0]), seed=seed).scores,
         "flap": lambda model, graph, batch: {k: (s - s.mean()) / s.std() for k, s in unit_fluctuation(model, graph.groups, batch).items()},
     }[name]
 
@@ -108,7 +109,7 @@ def _metanet(few: TensorData, trial: Trial) -> PruningMetaNet:
     models = [convnet(task, widths=widths, epochs=trial.scale(smoke=1, laptop=4), seed=10 * trial.seed + i) for i in range(2)]
     torch.manual_seed(trial.seed)
     metanet = PruningMetaNet(hidden=16, layers=3)
-    meta_train(metanet, models, list(part.batches(500, seed=trial.seed)), epochs=trial.scale(smoke=1, laptop=5), seed=trial.seed)
+    meta_train(metanet, models, list(part.batches(500, seed=trial.seed)), epochs=trial.scale(smoke=1, laptop=3), seed=trial.seed)
     return metanet
 
 
