@@ -39,9 +39,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from neurarium.compress.channels import apply_channels
 from neurarium.compress.graph import ChannelGraph, Example, Group
 from neurarium.compress.sensitivity import Loss, collect
-from neurarium.compress.training import Learner, Tuning
+from neurarium.compress.training import Tuning
 from neurarium.compress.unit_scores import KINDS, choose_groups, unit_weights
 from neurarium.errors import BadInput
+from neurarium.learn.fit import Learner
 
 __all__ = ["SHAPES", "Gate", "GateFunction", "GateLoss", "Gated", "add_gates", "saw_gate", "strip_gates", "trainable_gate"]
 
