@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neurarium.compress import MaskPlan, apply, calibrate, dsnot, magnitude, sparsegpt, wanda
 from neurarium.compress.prune.dsnot import row_error
@@ -53,11 +53,10 @@ def run(trial: Trial) -> None:
         seconds = time.perf_counter() - seconds
         arm.log(loss=[net.loss(m, rows) for m in models])
         if arm.name in ("wanda", "wanda_dsnot"):
-            begun = trial.shared("wanda", partial(pruned, net.model, loader, "wanda"))
-            means = trial.shared("means", partial(inputs, begun, loader))
+            layers = [n for n, _ in net.model.named_modules() if n.endswith(".down")]
+            mean = {n: s.mean for n, s in calibrate(net.model, loader, modules=layers).items()}
             found = [
-                torch.cat([row_error(net.model.get_submodule(n).weight, m.get_submodule(n).weight, mean[n]) for n in mean])
-                for m, mean in zip(models, means, strict=True)
+                torch.cat([row_error(net.model.get_submodule(n).weight, m.get_submodule(n).weight, mean[n]) for n in mean]) for m in models
             ]
             arm.log(row_error=[float(e.abs().mean()) for e in found])
             counts = torch.histogram(found[2].float().clamp(-0.499, 0.499), BINS).hist
@@ -76,12 +75,6 @@ def pruned(model: nn.Module, loader: list, start: str) -> list[nn.Module]:
         return [magnitude(model, sparsity=s, scope="row") for s in SPARSITIES]
     method = {"wanda": wanda, "sparsegpt": partial(sparsegpt, sequential=False)}[start]
     return [method(model, loader, sparsity=s, scope="row") for s in SPARSITIES]
-
-
-def inputs(models: list[nn.Module], loader: list) -> list[dict[str, Tensor]]:
-    """The mean input of each second feed-forward map of each model."""
-    layers = [n for n, _ in models[0].named_modules() if n.endswith(".down")]
-    return [{name: s.mean for name, s in calibrate(m, loader, modules=layers).items()} for m in models]
 
 
 def at_random(start: nn.Module, swapped: nn.Module, dense: nn.Module, draw: torch.Generator) -> nn.Module:
