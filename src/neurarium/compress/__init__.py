@@ -25,11 +25,13 @@ from neurarium.compress.pattern import NM, Block, Group, Pattern, Unstructured
 from neurarium.compress.plan import MaskPlan, apply, finalise
 from neurarium.compress.prune.block import Tiles, block_prune, plan_block_prune
 from neurarium.compress.prune.chita import SparseSolution, chita, chita_pp, plan_chita, sparse_quadratic
+from neurarium.compress.prune.conditional import ConditionalPruner, cacp
 from neurarium.compress.prune.dsnot import dsnot, plan_dsnot, reselect
 from neurarium.compress.prune.flap import FlapPlan, apply_flap, flap, magnitude_sp, plan_flap, wanda_sp
 from neurarium.compress.prune.gate import Gate, Gated, GateLoss, add_gates, saw_gate, strip_gates, trainable_gate
 from neurarium.compress.prune.hessian import HapScores, ImplantConv2d, ImplantLinear, apply_hap, hap, hap_scores, plan_hap
 from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_magnitude
+from neurarium.compress.prune.meta import NetworkGraph, PruningMetaNet, meta_prune, meta_train, plan_group_norm
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
@@ -79,6 +81,7 @@ __all__ = [
     "BlockSparse",
     "ChannelGraph",
     "ChannelPlan",
+    "ConditionalPruner",
     "Cost",
     "Dyadic",
     "FisherOperator",
@@ -101,12 +104,14 @@ __all__ = [
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
+    "NetworkGraph",
     "MixtureConv2d",
     "MixtureLinear",
     "MixtureWeight",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
+    "PruningMetaNet",
     "RangeFit",
     "RangePlan",
     "RankPlan",
@@ -135,6 +140,7 @@ __all__ = [
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
+    "cacp",
     "assistive_loss",
     "block_prune",
     "box_mask",
@@ -175,6 +181,8 @@ __all__ = [
     "load_sparse",
     "low_rank",
     "magnitude",
+    "meta_prune",
+    "meta_train",
     "magnitude_sp",
     "main_loss",
     "milp",
@@ -197,6 +205,7 @@ __all__ = [
     "plan_fusion",
     "plan_groups",
     "plan_hap",
+    "plan_group_norm",
     "plan_magnitude",
     "plan_ranges",
     "plan_sparsegpt",

@@ -116,9 +116,6 @@ class ChannelPlan:
             skipped=data["skipped"],
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:  # as text: a model that carries its plan keeps no tensors beside its state dict
-        return ChannelPlan.from_json, (self.to_json(),)
-
 
 def apply_channels(model: nn.Module, plan: ChannelPlan) -> nn.Module:
     """A smaller copy of the model. The input is untouched; the new parameters share no memory with it."""

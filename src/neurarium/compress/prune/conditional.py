@@ -269,12 +269,14 @@ def _features(model: nn.Module, graph: ChannelGraph, example: Example, full: flo
         shape = list(getattr(module, attribute).shape)
         out = shape.pop(dim)
         stride = getattr(module, "stride", 1)
+        stride = stride[0] if isinstance(stride, tuple) else stride
         pixels = (*shapes.get(member.module, ()), 1, 1)
         without = sizes.copy()
         without[t] = 0
         share = 1 - float(graph.macs(without)) / full
-        rows.append([t, *(shape or [1])[:1], out, *([*shape, 1, 1])[1:2], stride[0] if isinstance(stride, tuple) else stride, *pixels[:2], share])
-    table = np.array([[float(v) if isinstance(v, int | float) else 1.0 for v in row] for row in rows])
+        inputs, kernel = [*shape, 1, 1][:2]
+        rows.append([t, inputs, out, kernel, stride if isinstance(stride, int) else 1, *pixels[:2], share])
+    table = np.array(rows, np.float64)
     return table / np.maximum(table.max(0), 1e-12)
 
 

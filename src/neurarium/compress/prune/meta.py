@@ -17,7 +17,8 @@ weights w' plus, for each unit with norm n over all its slices, ``reg gamma |w'|
 *Source*: Liu et al., "Meta Pruning via Graph Metanetworks", 2025 (arXiv 2506.12041), and its public code.
 
 *Departures*: the graph comes from the channel graph of any traced network, so channels that a residual sum ties are one node (the authors
-write one node a layer by hand and join those by edges); a third and further normalisation of a node becomes an edge from it to itself;
+write one node a layer by hand and join those by edges); what a node has no room for (a third normalisation, the biases of a whole
+head) becomes an edge from it to itself;
 layers that are neither linear nor convolutions of at most 3 x 3 stay as they are. Networks are transformed in eval mode.
 
 *Cost*: memory and time grow with edges x hidden x layers: 5,000 weights and hidden 32 take some 10 ms a layer.
@@ -104,8 +105,9 @@ class NetworkGraph:
         taken = torch.zeros(len(used), dtype=torch.int64)
         for names, where in norms:
             here = at[where][0]
-            slot = int(taken[here].max())
-            taken[here] += 1
+            single = len(here.unique()) == len(here)  # not where a whole head is one unit
+            slot = int(taken[here].max()) if single else 2
+            taken[here] += int(single)
             columns = [(c, n) for c, n in enumerate(names) if n]
             if slot < 2:
                 places += [_Place(n, False, here, torch.tensor([4 * slot + c]), c == 3) for c, n in columns]
@@ -121,7 +123,7 @@ class NetworkGraph:
 
     def tensors(self, model: nn.Module, nodes: Tensor, edges: Tensor) -> dict[str, Tensor]:
         """The model's tensors by name as these features say, differentiable in them. Variances stay positive."""
-        known = {n: t for n, t in (*model.named_parameters(), *model.named_buffers())}
+        known = dict((*model.named_parameters(), *model.named_buffers()))
         result = {}
         for place in self.places:
             value = (edges if place.edges else nodes)[place.rows[:, None], place.columns].reshape(known[place.name].shape)
@@ -133,7 +135,7 @@ class NetworkGraph:
         result = apply_channels(model, self.channels.plan({}))
         own = nodes is None and edges is None
         values = self.tensors(model, self.nodes if nodes is None else nodes, self.edges if edges is None else edges)
-        slots = {n: t for n, t in (*result.named_parameters(), *result.named_buffers())}
+        slots = dict((*result.named_parameters(), *result.named_buffers()))
         with torch.no_grad():
             for place in self.places:
                 if not (own and place.positive):  # the clamp is for what a metanetwork wrote
@@ -142,7 +144,7 @@ class NetworkGraph:
 
 
 def _contents(model: nn.Module, channels: ChannelGraph) -> tuple[dict[str, tuple[int, Tensor]], list, dict[str, str]]:
-    """Weights as edges (name -> output dimension, columns of the taps), norms as ((scale, shift, mean, variance), by which name), skipped."""
+    """Weights as edges (name -> output dimension, columns of the taps), norms (scale, shift, mean, variance; whose channels), skipped."""
     weights: dict[str, tuple[int, Tensor]] = {}
     norms: list[tuple[tuple[str | None, ...], str]] = []
     skipped: dict[str, str] = {}
@@ -224,8 +226,9 @@ class PruningMetaNet(nn.Module):
     """
 
     def __init__(
-        self, hidden: int = 64, layers: int = 8, node_dim: int = NODE, edge_dim: int = EDGE, *, node_scale: float = 0.01, edge_scale: float = 0.01
-    ) -> None:
+        self, hidden: int = 64, layers: int = 8, node_dim: int = NODE, edge_dim: int = EDGE, *,
+        node_scale: float = 0.01, edge_scale: float = 0.01,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.node_scale, self.edge_scale = node_scale, edge_scale
         self.read_nodes, self.read_edges = nn.Linear(node_dim, hidden), nn.Linear(edge_dim, hidden)
