@@ -22,10 +22,16 @@ from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
+from neurarium.compress.quant.bits import bit_costs, plan_bits, sensitivities
+from neurarium.compress.quant.dyadic import quantize_integer
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.fold import fold_batchnorm
+from neurarium.compress.quant.integer import IntegerNetwork, count_float_ops
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.quant.qat import prepare_qat
 from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
 from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
+from neurarium.compress.quant.simulate import simulate
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
     BlockSparse,
@@ -55,6 +61,7 @@ __all__ = [
     "GroupSparse",
     "InputStats",
     "Int8Sparse",
+    "IntegerNetwork",
     "Layout",
     "LinearView",
     "LowRankConv2d",
@@ -78,10 +85,12 @@ __all__ = [
     "apply_channels",
     "apply_ranges",
     "apply_ranks",
+    "bit_costs",
     "calibrate",
     "chita",
     "chita_pp",
     "choose",
+    "count_float_ops",
     "decomposable",
     "diagonal_fisher",
     "dyadic",
@@ -92,6 +101,7 @@ __all__ = [
     "fixed_codes",
     "fixed_point",
     "fold",
+    "fold_batchnorm",
     "global_threshold",
     "golden_section",
     "hessian_trace",
@@ -106,14 +116,19 @@ __all__ = [
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_bits",
     "plan_chita",
     "plan_magnitude",
     "plan_ranges",
     "plan_sparsegpt",
     "plan_wanda",
+    "prepare_qat",
+    "quantize_integer",
     "rank_macs",
     "requant",
     "round_ste",
+    "sensitivities",
+    "simulate",
     "sparse_quadratic",
     "sparsegpt",
     "svd_curve",
