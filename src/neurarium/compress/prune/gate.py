@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -286,7 +287,7 @@ def trainable_gate(
         weights = [p for p in gated.model.parameters() if p.requires_grad]
         return [{"params": weights, "lr": lr}, {"params": list(gated.gates.parameters()), "lr": gate_lr, "weight_decay": 0.0}]
 
-    Backprop(loss=objective, optimizer=partial(optimizer, lr=lr), groups=groups).fit(gated, loader, epochs=epochs, seed=seed)
+    _Descent(loss=objective, optimizer=partial(optimizer, lr=lr), groups=groups).fit(gated, loader, epochs=epochs, seed=seed)
     _settle(gated, objective, tol)
     if watch is not None:
         watch(gated, objective)
@@ -299,8 +300,17 @@ def trainable_gate(
     return result
 
 
+@dataclass(frozen=True)
+class _Descent(Backprop):
+    """Backpropagation for models whose output is an object with logits, too: such an output is not counted right or wrong."""
+
+    def gradients(self, model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Any]:
+        loss, output = super().gradients(model, x, y)
+        return loss, output if isinstance(output, Tensor) else None
+
+
 def _one_cycle(loss_fn: Loss, optimizer: Callable[..., Optimizer], lr: float, steps: int) -> Backprop:
-    return Backprop(loss=loss_fn, optimizer=partial(optimizer, lr=lr), schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps))
+    return _Descent(loss=loss_fn, optimizer=partial(optimizer, lr=lr), schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps))
 
 
 @torch.no_grad()
