@@ -120,7 +120,7 @@ def _blame(model: nn.Module, error: UnsupportedModel) -> None:
     """Where the trace fails, the first layer that would be refused anyway is the better message."""
     for name, module in model.named_modules():
         if next(module.children(), None) is None and name and _module_handler(module) is None:
-            raise UnsupportedModel(f"a {type(module).__name__} has no integer form", module=name) from error
+            raise UnsupportedModel(f"{type(module).__name__} has no integer form", module=name) from error
 
 
 class _Record(fx.Interpreter):
