@@ -172,5 +172,5 @@ def figure(record: RecordView, fig: Figure) -> None:
     best = 100 * record.values("skill", "parents").max(1).mean()
     right.axhline(best, color="black", linestyle=":", linewidth=0.8)
     right.text(0.02, best + 0.5, "better parent", fontsize=8)
-    right.set(xlabel="weight of the network that never saw the digit 4", ylabel="test accuracy (%)", title="Skill transfer")
+    right.set(xlabel="weight of the network without the digit", ylabel="test accuracy (%)", title="Skill transfer")
     right.legend(fontsize=8, loc="lower center")
