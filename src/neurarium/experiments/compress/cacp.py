@@ -29,7 +29,7 @@ GRID = tuple(np.linspace(0.3, 0.7, 9).round(3).tolist())
 
 
 def run(trial: Trial) -> None:
-    task, episodes = cifar(trial), trial.scale(smoke=3, laptop=75)
+    task, episodes = cifar(trial), trial.scale(smoke=3, laptop=48)
     held = len(task.test) // 5
     judge = [(task.test.x[:held], task.test.y[:held])]
     calibration = task.train.x[:200]
@@ -39,7 +39,7 @@ def run(trial: Trial) -> None:
         return trial.shared("model", lambda: resnet(trial, task))
 
     def search(rates: tuple[float, ...], count: int, *, fit: bool = True) -> ConditionalPruner:
-        pruner = ConditionalPruner(model(), example=x[:1], rates=rates, episodes=count, samples=held, seed=trial.seed)
+        pruner = ConditionalPruner(model(), example=x[:1], rates=rates, episodes=count, samples=held, updates=1, seed=trial.seed)
         return pruner.fit(judge) if fit else pruner
 
     def plans(name: str) -> tuple[dict[float, ChannelPlan], int, ConditionalPruner | None]:

@@ -43,7 +43,7 @@ def run(trial: Trial) -> None:
             bench = trial.shared(kind, partial(_Bench, trial, kind))
             results = [bench.judge(model, arm.name) for model in bench.held]
             curve = np.mean([r["curve"] for r in results], 0)
-            arm.curve(kind, x=list(RATES), y=curve.tolist())
+            arm.curve(kind, x=list(bench.rates), y=curve.tolist())
             arm.log(**{f"area_{kind}": float(curve.mean())})
             areas.append(curve.mean())
             for into, name in ((at_third, "third"), (before, "before"), (written, "written"), (after, "after")):
@@ -59,10 +59,10 @@ class _Bench:
 
     def __init__(self, trial: Trial, kind: str) -> None:
         smoke = trial.name == "smoke"
-        self.task = _task(trial, kind)
-        self.batches, self.x = self.task.train.batches(64, seed=trial.seed), self.task.train.x[:1]
-        self.epochs, self.lr, self.seed = (1 if smoke else 4), 0.02, trial.seed
-        models = [self.train(kind, 100 * trial.seed + i, 2 if smoke else 12 if kind == "mlp" else 4) for i in range(3 if smoke else 10)]
+        self.task, self.rates, self.steps = _task(trial, kind), (0.0, 0.5) if smoke else RATES, 2 if smoke else 4
+        self.x = self.task.train.x[:1]
+        self.epochs, self.lr, self.seed = (1 if smoke else 3), 0.02, trial.seed
+        models = [self.train(kind, 100 * trial.seed + i, 2 if smoke else 12 if kind == "mlp" else 5) for i in range(3 if smoke else 8)]
         seen, self.held = models[:-2], models[-2:]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial.seed)
@@ -91,8 +91,9 @@ class _Bench:
             _tune_with_penalty(ready, graph, self)
         elif arm != "l2":
             self.tune(ready, self.epochs, self.lr, self.seed)
-        pruned = {rate: apply_channels(ready, plan_group_norm(ready, graph, ratio=rate)) for rate in (*RATES, THIRD)}
-        curve = [accuracy(pruned[rate], self.task) for rate in RATES]
+        plans = {rate: plan_group_norm(ready, graph, ratio=rate, steps=self.steps) for rate in (*self.rates, THIRD)}
+        pruned = {rate: apply_channels(ready, plan) for rate, plan in plans.items()}
+        curve = [accuracy(pruned[rate], self.task) for rate in self.rates]
         third = accuracy(self.tune(pruned[THIRD], self.epochs, self.lr, self.seed + 1), self.task)
         return {"curve": curve, "third": third, "before": _gini(model, graph), "written": written, "after": _gini(ready, graph)}
 
@@ -111,7 +112,7 @@ def _tune_with_penalty(model: nn.Module, graph: ChannelGraph, bench: _Bench) -> 
         bench.tune(model, bench.epochs, bench.lr, bench.seed, loss)
         scores = []
         for rate in (0.3, 0.5, 0.7):
-            small = apply_channels(model, plan_group_norm(model, graph, ratio=rate)).eval()
+            small = apply_channels(model, plan_group_norm(model, graph, ratio=rate, steps=bench.steps)).eval()
             with torch.no_grad():
                 scores.append(float((small(held[0]).argmax(1) == held[1]).double().mean()))
         found.append((float(np.mean(scores)), {k: v.clone() for k, v in model.state_dict().items()}))
@@ -131,7 +132,7 @@ def _gini(model: nn.Module, graph: ChannelGraph) -> float:
 def _task(trial: Trial, kind: str) -> ImageTask:
     if kind == "mlp":
         return data.images("digits", train=trial.scale(smoke=300, laptop=None), seed=trial.seed)
-    return data.images("mnist", train=2000, test=2000, size=14, seed=trial.seed)
+    return data.images("mnist", train=1500, test=1000, size=14, seed=trial.seed)
 
 
 def _mlp(task: ImageTask) -> nn.Module:
@@ -141,7 +142,7 @@ def _mlp(task: ImageTask) -> nn.Module:
 
 def _cnn(task: ImageTask) -> nn.Module:
     layers: list[nn.Module] = []
-    for into, out, stride in ((1, 8, 1), (8, 16, 2), (16, 16, 2)):
+    for into, out, stride in ((1, 8, 2), (8, 16, 1), (16, 16, 2)):
         layers += [nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, task.classes))
 
