@@ -83,7 +83,7 @@ def test_every_operation_agrees_bit_for_bit_with_the_reference(bits: int) -> Non
     close = simulate(net, *codes, dyadic=False)
     assert int((close[0] - want[0]).abs().max()) <= 2
     if bits == 8:
-        out, dense = net(x), model(x)
+        out, dense = net(x), model(x).detach()
         assert float((out - dense).square().mean()) < 0.01 * float(dense.var())
 
 
@@ -172,7 +172,9 @@ def test_training_with_the_quantiser_starts_from_it_and_reaches_the_integer_netw
 def task() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
-    return lived(model), [(torch.randn(16, 1, 8, 8), torch.arange(16) % 5)]
+    x = torch.randn(16, 1, 8, 8)
+    lived(model)
+    return model, [(x, model(x).argmax(1))]  # it knows its labels: the loss bends upwards
 
 
 def test_the_plan_is_the_best_of_all_assignments() -> None:
@@ -191,7 +193,7 @@ def test_the_plan_is_the_best_of_all_assignments() -> None:
         table = {n: [round(v) for v in costs[kind][n]] for n in names}
         dynamic = knapsack_dp(harm, table, int(budget))
         assert sum(harm[n][i] for n, i in dynamic.items()) == pytest.approx(best)
-    tied = plan_bits(model, loader, budget={"bytes": 400.0}, ties=[("0", "3")], fixed={"6": 8}, probes=4)
+    tied = plan_bits(model, loader, budget={"bytes": 700.0}, ties=[("0", "3")], fixed={"6": 8}, probes=4)
     assert tied.bits["0"] == tied.bits["3"] and tied.bits["6"] == (8, 8)
     timed = plan_bits(model, loader, budget={"seconds": 5.0}, seconds=dict.fromkeys(names, (1.0, 2.0)), probes=4)
     assert sorted(b for b, _ in timed.bits.values()) == [4, 8, 8]
