@@ -143,7 +143,7 @@ def test_on_a_network_the_mean_output_of_a_layer_comes_closer_to_the_dense_one(s
     assert all(torch.equal(v, stored[k]) for k, v in sparse.state_dict().items())
     assert all(torch.equal(v, dense[k]) for k, v in model.state_dict().items())
     assert torch.equal(result[0].weight, sparse[0].weight)
-    stats = calibrate(sparse, loader)
+    stats = calibrate(model, loader)
     for i in (2, 5):
         old, new = sparse[i].weight * sparse[i].mask, result[i].weight
         same = (new != 0) & (old != 0)
@@ -160,7 +160,9 @@ def test_on_a_network_the_mean_output_of_a_layer_comes_closer_to_the_dense_one(s
     plain = dsnot(finalise(sparse), model, loader, modules=["2", "5"])
     torch.testing.assert_close(plain(loader[0][0]), result(loader[0][0]))
     again = dsnot(sparse, model, loader, modules=["2", "5"], sequential=True)
-    assert torch.equal(again[2].weight, result[2].weight)
+    behind = calibrate(nn.Sequential(again[:5], sparse[5]), loader)["1"].mean
+    before, after = (row_error(model[5].weight, m[5].weight, behind.expand(10, -1)).abs() for m in (sparse, again))
+    assert bool((after <= before + 1e-9).all())
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -53,7 +53,7 @@ def exact_blocks(model: nn.Module, x: Tensor, y: Tensor, name: str) -> Tensor:
     def loss(w: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(model, {**rest, name: w.view_as(weight)}, (x,)), y)
 
-    return torch.func.hessian(loss)(weight.detach().flatten())
+    return torch.autograd.functional.hessian(loss, weight.detach().flatten())
 
 
 def test_the_score_is_the_trace_of_the_exact_hessian_times_the_norm() -> None:

@@ -104,7 +104,7 @@ def test_pruned_trained_and_run_sparse_it_is_one_function() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    runs = to_sparse_runtime(masked, planner="always", block=(16, 1), example=x)
+    runs = to_sparse_runtime(masked, planner="always", block=(16, 1), min_sparsity=0.3, example=x)
     assert sum(isinstance(m, SparseLinear) for m in runs.modules()) == len(masked.plan.masks)
     torch.testing.assert_close(runs(x), finalise(masked)(x), atol=1e-5, rtol=1e-5)
     again = block_prune(masked, block=(16, 1), sparsity=0.75)  # the same blocks: what is gone has no score

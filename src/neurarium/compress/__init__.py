@@ -36,11 +36,17 @@ from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
+from neurarium.compress.quant.bits import bit_costs, plan_bits, sensitivities
+from neurarium.compress.quant.dyadic import quantize_integer
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
+from neurarium.compress.quant.fold import fold_batchnorm
+from neurarium.compress.quant.integer import IntegerNetwork, count_float_ops
 from neurarium.compress.quant.mixture import MixtureConv2d, MixtureLinear, MixtureWeight, dgms, harden, plan_dgms, soften
 from neurarium.compress.quant.packing import PackedConv2d, PackedLinear, pack, pack_layer, packed_bytes, unpack
+from neurarium.compress.quant.qat import prepare_qat
 from neurarium.compress.quant.range import estimate_range, golden_section, plan_ranges, requant
 from neurarium.compress.quant.range_plan import RangeFit, RangePlan, apply_ranges
+from neurarium.compress.quant.simulate import simulate
 from neurarium.compress.rank_plan import RankPlan
 from neurarium.compress.runtime import (
     BlockSparse,
@@ -98,16 +104,17 @@ __all__ = [
     "ImplantLinear",
     "InputStats",
     "Int8Sparse",
+    "IntegerNetwork",
     "LandmarkKD",
     "Layout",
     "LinearView",
     "LowRankConv2d",
     "LowRankLinear",
     "MaskPlan",
-    "NetworkGraph",
     "MixtureConv2d",
     "MixtureLinear",
     "MixtureWeight",
+    "NetworkGraph",
     "PackedConv2d",
     "PackedLinear",
     "Pattern",
@@ -140,10 +147,11 @@ __all__ = [
     "apply_hap",
     "apply_ranges",
     "apply_ranks",
-    "cacp",
     "assistive_loss",
+    "bit_costs",
     "block_prune",
     "box_mask",
+    "cacp",
     "calibrate",
     "chita",
     "chita_pp",
@@ -151,6 +159,7 @@ __all__ = [
     "choose_groups",
     "cka",
     "cla_fuse",
+    "count_float_ops",
     "decomposable",
     "decompose",
     "dgms",
@@ -165,6 +174,7 @@ __all__ = [
     "fixed_point",
     "flap",
     "fold",
+    "fold_batchnorm",
     "gaudi_mask",
     "gblr",
     "global_threshold",
@@ -181,10 +191,10 @@ __all__ = [
     "load_sparse",
     "low_rank",
     "magnitude",
-    "meta_prune",
-    "meta_train",
     "magnitude_sp",
     "main_loss",
+    "meta_prune",
+    "meta_train",
     "milp",
     "minimax_bisect",
     "norm_product",
@@ -196,6 +206,7 @@ __all__ = [
     "packed_bytes",
     "per_sample_grads",
     "plan_alds",
+    "plan_bits",
     "plan_block_prune",
     "plan_chita",
     "plan_decompose",
@@ -203,21 +214,25 @@ __all__ = [
     "plan_dsnot",
     "plan_flap",
     "plan_fusion",
+    "plan_group_norm",
     "plan_groups",
     "plan_hap",
-    "plan_group_norm",
     "plan_magnitude",
     "plan_ranges",
     "plan_sparsegpt",
     "plan_svd",
     "plan_units",
     "plan_wanda",
+    "prepare_qat",
+    "quantize_integer",
     "rank_macs",
     "rearrange_channels",
     "requant",
     "reselect",
     "round_ste",
     "saw_gate",
+    "sensitivities",
+    "simulate",
     "soften",
     "sparse_quadratic",
     "sparsebyte",

@@ -142,7 +142,7 @@ def unit_fluctuation(model: nn.Module, groups: Sequence[Group], loader: Iterable
     tensors = {}
     for name, stats in calibrate(model, loader, batches=batches).items():
         weight = layers[name].weight.detach().cpu().double()
-        tensors[f"{name}.weight".lstrip(".")] = per_weight(layers[name], stats.variance) * weight.square()
+        tensors[f"{name}.weight".lstrip(".")] = per_weight(stats.variance, layers[name]) * weight.square()
     return unit_sum(model, groups, tensors, weights="in")
 
 

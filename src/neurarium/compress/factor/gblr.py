@@ -17,9 +17,10 @@ than the budget: components that do not earn their width vanish.
 and 4. The authors' public code was read for settings.
 
 *Departures*: in eval mode masks are exact boxes, so that what is judged is what :func:`pack_blocks` stores. ``gblr`` learns the structure
-during the first part of the steps, then trims all widths alike until the budget holds, and trains the values on with fixed exact boxes.
-The budget is a share of the dense weights; the paper steers by the mean width. Short components start on the diagonal, from singular
-vectors of their own block of what the full ones leave, continued beyond the block.
+during the first part of the steps and trains the values on with fixed exact boxes. The budget is a share of the dense weights; the paper
+steers by the mean width. On the way to it a budget that falls geometrically is enforced: the ends of boxes that carry the least energy
+for each number saved go (the paper has the soft threshold alone, which takes more steps than a short training has). Short components
+start on the diagonal, from singular vectors of their own block of what the full ones leave, continued beyond the block.
 
 *Cost*: training computes with full factors, in + out multiply-adds a component and rank: for a square layer with all components twice the
 dense layer. Only the packed layer is cheaper: sum over components of min((a + b) rank, a b) for a rows and b columns.
@@ -28,11 +29,13 @@ dense layer. Only the packed layer is cheaper: sum over components of min((a + b
 from __future__ import annotations
 
 import copy
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,10 +162,7 @@ class GaudiGBLR(nn.Module):
     def masks(self) -> tuple[Tensor, Tensor]:
         """(components, out) and (components, in): smooth in training mode, exact boxes in eval mode."""
         result = []
-        for n, width, location in (
-            (self.out_features, self.out_width, self.out_location),
-            (self.in_features, self.in_width, self.in_location),
-        ):
+        for width, location, n in _sides(self):
             width, location = width.float(), location.float()
             if self.training:
                 width, location = (p + ((p * n).round() / n - p).detach() for p in (width, location))
@@ -239,29 +239,113 @@ class WidthShrink:
         """One soft-thresholding where it is due; widths are kept in [0, 1] and locations in [0, 1) always."""
         take = lr * self.threshold if self.above() else 0.0
         for m in self.layers:
-            for width, location, n in ((m.out_width, m.out_location, m.out_features), (m.in_width, m.in_location, m.in_features)):
+            for width, location, n in _sides(m):
                 width.copy_(F.softshrink(width, take).clamp(0, 1) if take else width.clamp(0, 1))
                 location.remainder_(1)
                 location[(location * n).round() == n] = 0
 
     @torch.no_grad()
-    def trim(self) -> None:
-        """Takes the same from every width, the least amount for which the goal is met."""
-        before = [[p.clone() for p in (m.out_width, m.in_width)] for m in self.layers]
+    def trim(self, budget: float | None = None) -> None:
+        """Meets the goal, or this share of the dense weights, at once.
 
-        def take(amount: float) -> bool:
-            for m, olds in zip(self.layers, before, strict=True):
-                for width, old in zip((m.out_width, m.in_width), olds, strict=True):
-                    width.copy_((old - amount).clamp(0, 1))
-            return not self.above()
-
-        if take(0.0):
+        For a budget, rows and columns at the ends of the boxes are taken away one by one, those first that carry the least energy for each
+        number saved. For a mean width, every width loses the same.
+        """
+        budget = self.budget if budget is None else budget
+        if budget is not None:
+            _trim(self.layers, budget)
             return
+        before = [[p.clone() for p in (m.out_width, m.in_width)] for m in self.layers]
         low, high = 0.0, 1.0
-        for _ in range(24):
-            middle = (low + high) / 2
-            low, high = (low, middle) if take(middle) else (middle, high)
-        take(high)
+        for amount in (0.0, *[None] * 24):
+            amount = (low + high) / 2 if amount is None else amount
+            self._take(before, amount)
+            if not self.above():
+                high = amount
+                if amount == 0:
+                    return
+            else:
+                low = amount
+        self._take(before, high)
+
+    def _take(self, before: list[list[Tensor]], amount: float) -> None:
+        for m, olds in zip(self.layers, before, strict=True):
+            for width, old in zip((m.out_width, m.in_width), olds, strict=True):
+                width.copy_((old - amount).clamp(0, 1))
+
+
+class _Box:
+    """One component of a layer while it is trimmed: its run of rows and of columns, and which end to lose next."""
+
+    def __init__(self, sides: list[np.ndarray], start: list[int], length: list[int]) -> None:
+        self.sides, self.start, self.length = sides, start, length  # sides: u (rank, out) and v (rank, in)
+        self.cut: tuple[int, int] = (0, 0)
+
+    def cost(self, a: int, b: int) -> int:
+        return min((a + b) * len(self.sides[0]), a * b)
+
+    def weakest(self) -> float:
+        """The least energy a number saved at any end; remembers where."""
+        best = np.inf
+        runs = [(s + np.arange(k)) % f.shape[1] for s, k, f in zip(self.start, self.length, self.sides, strict=True)]
+        for side in (0, 1):
+            kept = self.sides[1 - side][:, runs[1 - side]]
+            whole = self.length[side] == self.sides[side].shape[1]  # a ring can be opened anywhere
+            at = runs[side] if whole else runs[side][[0, -1]]
+            ends = self.sides[side][:, at]
+            energy = np.einsum("ij,ik,kj->j", ends, kept @ kept.T, ends)
+            smaller = list(self.length)
+            smaller[side] -= 1
+            energy = energy / (self.cost(*self.length) - self.cost(*smaller))
+            if energy.min() < best:
+                best, self.cut = float(energy.min()), (side, int(at[energy.argmin()]))
+        return best
+
+    def shorten(self) -> None:
+        side, at = self.cut
+        n = self.sides[side].shape[1]
+        if at == self.start[side] or self.length[side] == n:
+            self.start[side] = (at + 1) % n
+        self.length[side] -= 1
+
+
+def _trim(layers: Sequence[GaudiGBLR], budget: float) -> None:
+    total, limit = sum(m.cost() for m in layers), budget * sum(m.in_features * m.out_features for m in layers)
+    if total <= limit:
+        return
+    boxes: dict[tuple[int, int], _Box] = {}
+    for number, m in enumerate(layers):
+        u, v = (p.detach().cpu().double().numpy() for p in (m.u, m.v))
+        starts = [(p.detach().cpu().float() * n).round().long() % n for p, n in _places(m)]
+        lengths = [size.tolist() for size in m.sizes()]
+        for i in range(m.components):
+            if lengths[0][i]:
+                boxes[number, i] = _Box([u[i], v[i]], [int(s[i]) for s in starts], [size[i] for size in lengths])
+    heap = [(box.weakest(), *key) for key, box in boxes.items()]
+    heapq.heapify(heap)
+    changed = set()
+    while total > limit:
+        _, *key = heapq.heappop(heap)
+        box = boxes[tuple(key)]
+        total -= box.cost(*box.length)
+        box.shorten()
+        changed.add(tuple(key))
+        if min(box.length) > 0:
+            total += box.cost(*box.length)
+            heapq.heappush(heap, (box.weakest(), *key))
+    for number, i in changed:
+        m, box = layers[number], boxes[number, i]
+        for side, (width, location, n) in enumerate(_sides(m)):
+            width[i] = box.length[side] / n if min(box.length) else 0.0
+            location[i] = box.start[side] / n
+
+
+def _sides(m: GaudiGBLR) -> list[tuple[Tensor, Tensor, int]]:
+    return [(m.out_width, m.out_location, m.out_features), (m.in_width, m.in_location, m.in_features)]
+
+
+def _places(m: GaudiGBLR) -> list[tuple[Tensor, int]]:
+    return [(location, n) for _, location, n in _sides(m)]
 
 
 def gblr(
@@ -277,7 +361,7 @@ def gblr(
     learn: float = 0.6,
     sigma: tuple[float, float] = (1.0, 100.0),
     structure_lr: float = 5e-3,
-    threshold: float = 1.0,
+    threshold: float = 0.02,
     optimizer: Callable[..., Optimizer] = _ADAMW,
     schedule: Callable[[Optimizer], Any] | None = None,
     loss: str | Loss = "cross_entropy",
@@ -292,7 +376,7 @@ def gblr(
         budget: share of the dense weights of all converted layers together.
         epochs: of training.
         components, rank, init: as of :class:`GaudiGBLR`.
-        start: the structure begins with this many times the budget and is shrunk.
+        start: the structure begins with this many times the budget (as far as `init` heeds it) and is shrunk.
         learn: share of the steps in which widths and locations are learned; then they are fixed.
         sigma: of the smoothing, first and last; it grows by the same factor each step.
         structure_lr: learning rate of widths and locations (Adam with betas 0 and 0.999, no weight decay).
@@ -335,7 +419,7 @@ def gblr(
         shrink = WidthShrink(made.values(), threshold=threshold, budget=budget)
         if loader is not None:
             steps = epochs * len(loader)  # type: ignore[arg-type]
-            phase = _Phases(shrink, max(1, round(learn * steps)), sigma, structure_lr)
+            phase = _Phases(shrink, max(1, round(learn * steps)), sigma, structure_lr, shrink.share())
             groups = partial(_groups, layers=shrink.layers, lr=structure_lr)
             _Shrinking(loss=loss, optimizer=optimizer, schedule=schedule, groups=groups, phase=phase).fit(
                 result, loader, epochs=epochs, seed=seed
@@ -351,12 +435,16 @@ def gblr(
 class _Phases:
     """What surrounds each step: smoothing and shrinking first, then a fixed structure."""
 
-    def __init__(self, shrink: WidthShrink, learn: int, sigma: tuple[float, float], lr: float) -> None:
+    def __init__(self, shrink: WidthShrink, learn: int, sigma: tuple[float, float], lr: float, share: float) -> None:
         self.shrink, self.learn, self.sigma, self.lr, self.done = shrink, learn, sigma, lr, 0
+        self.first = share
 
     def before(self) -> None:
         if 0 < self.done <= self.learn:
             self.shrink.step(self.lr)
+            if self.done % max(1, self.learn // 20) == 0 and self.first > self.shrink.budget:
+                past = min(1.0, 1.25 * self.done / self.learn)  # the last fifth is spent at the budget
+                self.shrink.trim(self.first * (self.shrink.budget / self.first) ** past)
         if self.done < self.learn:
             first, last = self.sigma
             for layer in self.shrink.layers:

@@ -18,9 +18,10 @@ sum, and a layer costs two sorts. N:M patterns (q comes from g's group) and ``sa
 *Source*: Zhang et al., Dynamic Sparse No Training (ICLR 2024), equations 3 to 7 and algorithm 1. The authors' public code was read for the
 order of candidates and the stopping rules.
 *Departures*: errors are means over tokens (their sums over sequences of 2048 make their threshold of 0.1 about 5e-5 here); a swap must
-lower |E| on both sides, a row without such a pair stops; statistics come from one pass of the sparse model, so all layers see the
-inputs that they get (``sequential`` measures each behind the layers already done); convolutions by their unfolded input; where the start
-has corrected weights (SparseGPT, CHITA) they keep their values, and grown ones take the dense model's.
+lower |E| on both sides, a row without such a pair stops; statistics come from one pass of the dense model, as for Wanda
+(``sequential`` measures each layer on the inputs that it gets in the sparse model, behind the layers already done); convolutions by
+their unfolded input; where the start has corrected weights (SparseGPT, CHITA) they keep their values, and grown ones take the dense
+model's.
 *Cost*: one forward pass and two sorts a layer.
 """
 
@@ -54,7 +55,7 @@ def dsnot(sparse_model: nn.Module, dense_model: nn.Module, loader: Iterable, **o
         nm: ``NM(n, m)``: keep this pattern.
         modules: names of the layers to work on, or the ends of their names (``"down"``); None: all.
         batches: calibrate on this many only.
-        sequential: measure each layer behind the layers already done; one pass a layer.
+        sequential: measure each layer in the sparse model, behind the layers already done; one pass a layer.
 
     Raises:
         UnsupportedModel: no layer that a mask can hold.
@@ -80,7 +81,7 @@ def plan_dsnot(
     """The plan of :func:`dsnot`, for the sparse model; its values are those of the weights that stay."""
     layers, skipped = _sparse_layers(sparse_model, dense_model, modules)
     dense = dict(dense_model.named_modules())
-    work = copy.deepcopy(sparse_model) if sequential else sparse_model
+    work = copy.deepcopy(sparse_model) if sequential else dense_model
     data = list(loader) if sequential else loader
     seen = calibrate(work, data, modules=list(layers), batches=batches)
     masks, values = {}, {}

@@ -39,9 +39,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from neurarium.compress.channels import apply_channels
 from neurarium.compress.graph import ChannelGraph, Example, Group
 from neurarium.compress.sensitivity import Loss, collect
+from neurarium.compress.training import Tuning
 from neurarium.compress.unit_scores import KINDS, choose_groups, unit_weights
 from neurarium.errors import BadInput
-from neurarium.learn.fit import Backprop, Learner
+from neurarium.learn.fit import Learner
 
 __all__ = ["SHAPES", "Gate", "GateFunction", "GateLoss", "Gated", "add_gates", "saw_gate", "strip_gates", "trainable_gate"]
 
@@ -286,7 +287,7 @@ def trainable_gate(
         weights = [p for p in gated.model.parameters() if p.requires_grad]
         return [{"params": weights, "lr": lr}, {"params": list(gated.gates.parameters()), "lr": gate_lr, "weight_decay": 0.0}]
 
-    Backprop(loss=objective, optimizer=partial(optimizer, lr=lr), groups=groups).fit(gated, loader, epochs=epochs, seed=seed)
+    Tuning(loss=objective, optimizer=partial(optimizer, lr=lr), groups=groups).fit(gated, loader, epochs=epochs, seed=seed)
     _settle(gated, objective, tol)
     if watch is not None:
         watch(gated, objective)
@@ -299,8 +300,8 @@ def trainable_gate(
     return result
 
 
-def _one_cycle(loss_fn: Loss, optimizer: Callable[..., Optimizer], lr: float, steps: int) -> Backprop:
-    return Backprop(loss=loss_fn, optimizer=partial(optimizer, lr=lr), schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps))
+def _one_cycle(loss_fn: Loss, optimizer: Callable[..., Optimizer], lr: float, steps: int) -> Tuning:
+    return Tuning(loss=loss_fn, optimizer=partial(optimizer, lr=lr), schedule=partial(OneCycleLR, max_lr=lr, total_steps=steps))
 
 
 @torch.no_grad()

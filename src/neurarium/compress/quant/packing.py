@@ -55,7 +55,7 @@ def unpack(packed: Tensor, bits: int, count: int, *, signed: bool = False) -> Te
     else:
         group = 8 // math.gcd(8, bits)
         width = bits * group // 8
-        padded = F.pad(packed.to(torch.int64), (0, -packed.numel() % width)).view(-1, width)
+        padded = torch.constant_pad_nd(packed.to(torch.int64), (0, -packed.numel() % width), 0).view(-1, width)  # F.pad hands on a float
         word = (padded << (8 * torch.arange(width, device=packed.device))).sum(1)
         codes = ((word[:, None] >> (bits * torch.arange(group, device=packed.device))) & (2**bits - 1)).flatten()[:count]
     return codes - (2 ** (bits - 1) if signed else 0)

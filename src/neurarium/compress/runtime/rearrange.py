@@ -52,13 +52,13 @@ class SparseBytePlan:
 
     Attributes:
         order: channel group -> its channels' old places, in their new order; only groups that gained.
-        masks: which groups of weights stay, in the rearranged model.
+        sparsity: layer -> share of its weights that were removed.
         runtime: which layers run from a compact form.
         skipped: what was left alone, and why.
     """
 
-    order: Mapping[str, Tensor]
-    masks: MaskPlan
+    order: Mapping[str, tuple[int, ...]]
+    sparsity: Mapping[str, float]
     runtime: RuntimePlan
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -118,13 +118,13 @@ def sparsebyte(
         (Backprop() if learner is None else learner).fit(work, batches, epochs=epochs, seed=seed)
         if schedule == "cubic":
             batches.draw(sparsity)
-        masks = MaskPlan({n: work.get_submodule(n).mask.clone() for n in masks.masks}, {}, masks.pattern, masks.skipped)
+    removed = {n: 1 - work.get_submodule(n).mask.float().mean().item() for n in masks.masks}
     height = max(h for h in HEIGHTS if group[0] % h == 0)
     result = to_sparse_runtime(
         work.train(model.training), block=(height, 1), min_sparsity=min(0.9 * sparsity, 1.0), example=example, planner=planner
     )
     skipped = {n: why for n, why in result.plan.skipped.items() if n in masks.masks} | skipped
-    result.plan = SparseBytePlan(order, masks, result.plan, skipped)
+    result.plan = SparseBytePlan({n: tuple(o.tolist()) for n, o in order.items()}, removed, result.plan, skipped)
     return result
 
 

@@ -1,8 +1,8 @@
 """DSnoT on a character GPT: the loss before and after its swaps, from three kinds of masks at four sparsities.
 
 Every linear map of the blocks is pruned within its rows; the swaps are made in the second feed-forward maps, whose inputs come from a ReLU
-and so have means (``all_layers`` makes them everywhere). Beside it: the swaps without the variance, without the rule of the sign, and as
-many swaps at random.
+and so have means (``all_layers`` makes them everywhere). Beside it: the swaps without the variance, without the rule of the sign, as
+many swaps at random, and no swaps but the whole mean error added to the bias (``mean_in_bias``): what the mean alone is worth.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SWAPS: dict[str, dict] = {
     "no_sign_rule": {"same_sign": False},
     "all_layers": {"modules": None},
 }
-BINS = torch.linspace(-0.5, 0.5, 41)
+BINS = torch.linspace(-0.2, 0.2, 41)
 
 
 def run(trial: Trial) -> None:
     after = {"wanda_dsnot": ("wanda", "dsnot"), "magnitude_dsnot": ("magnitude", "dsnot"), "sparsegpt_dsnot": ("sparsegpt", "dsnot")}
-    after |= {name: ("wanda", name) for name in ("no_variance", "no_sign_rule", "all_layers", "random_swaps")}
+    after |= {name: ("wanda", name) for name in ("no_variance", "no_sign_rule", "all_layers", "random_swaps", "mean_in_bias")}
     for arm in trial.arms("dense", *STARTS, *after):
         net = trial.shared("gpt", lambda: zoo.gpt(trial))
         loader, rows = net.loader(trial.scale(smoke=16, laptop=128), seed=trial.seed), trial.scale(smoke=20, laptop=250)
@@ -45,22 +45,23 @@ def run(trial: Trial) -> None:
             continue
         start, how = after.get(arm.name, (arm.name, ""))
         models = trial.shared(start, partial(pruned, net.model, loader, start))
+        layers = [n for n, _ in net.model.named_modules() if n.endswith(".down")]
+        mean = {n: s.mean for n, s in calibrate(net.model, loader, modules=layers).items()}
         seconds = time.perf_counter()
-        if how == "random_swaps":
+        if how == "mean_in_bias":
+            with torch.no_grad():
+                for m, n in ((m, n) for m in models for n in layers):
+                    m.get_submodule(n).bias += error(net.model, m, n, mean).float()
+        elif how == "random_swaps":
             models = [at_random(m, dsnot(m, net.model, loader, **options(how)), net.model, trial.generator()) for m in models]
         elif how:
             models = [dsnot(m, net.model, loader, **options(how)) for m in models]
         seconds = time.perf_counter() - seconds
         arm.log(loss=[net.loss(m, rows) for m in models])
         if arm.name in ("wanda", "wanda_dsnot"):
-            begun = trial.shared("wanda", partial(pruned, net.model, loader, "wanda"))
-            means = trial.shared("means", partial(inputs, begun, loader))
-            found = [
-                torch.cat([row_error(net.model.get_submodule(n).weight, m.get_submodule(n).weight, mean[n]) for n in mean])
-                for m, mean in zip(models, means, strict=True)
-            ]
+            found = [torch.cat([error(net.model, m, n, mean) for n in layers]) for m in models]
             arm.log(row_error=[float(e.abs().mean()) for e in found])
-            counts = torch.histogram(found[2].float().clamp(-0.499, 0.499), BINS).hist
+            counts = torch.histogram(found[2].float().clamp(-0.199, 0.199), BINS).hist
             arm.curve("errors", x=((BINS[1:] + BINS[:-1]) / 2).tolist(), y=(counts / counts.sum()).tolist())
         if arm.name == "wanda_dsnot":
             arm.log_timed(dsnot_seconds=seconds / len(models), backward_seconds=backward(net.model, loader))
@@ -78,10 +79,9 @@ def pruned(model: nn.Module, loader: list, start: str) -> list[nn.Module]:
     return [method(model, loader, sparsity=s, scope="row") for s in SPARSITIES]
 
 
-def inputs(models: list[nn.Module], loader: list) -> list[dict[str, Tensor]]:
-    """The mean input of each second feed-forward map of each model."""
-    layers = [n for n, _ in models[0].named_modules() if n.endswith(".down")]
-    return [{name: s.mean for name, s in calibrate(m, loader, modules=layers).items()} for m in models]
+def error(dense: nn.Module, sparse: nn.Module, name: str, mean: dict[str, Tensor]) -> Tensor:
+    """The mean error of each output of a layer."""
+    return row_error(dense.get_submodule(name).weight, sparse.get_submodule(name).weight, mean[name])
 
 
 def at_random(start: nn.Module, swapped: nn.Module, dense: nn.Module, draw: torch.Generator) -> nn.Module:
@@ -125,16 +125,16 @@ def figure(record: RecordView, fig: Figure) -> None:
     kinds = {
         "wanda_dsnot": ("DSnoT", "#009E73"), "no_variance": ("without variance", "#56B4E9"),
         "no_sign_rule": ("without sign rule", "#D55E00"), "all_layers": ("in all layers", "#CC79A7"),
-        "random_swaps": ("random swaps", "#000000"),
+        "random_swaps": ("random swaps", "#000000"), "mean_in_bias": ("no swaps, mean into the bias", "#E69F00"),
     }  # fmt: skip
     for i, (arm, (label, colour)) in enumerate(kinds.items()):
         if arm in record.arms:
             gain = record.values("wanda", "loss") - record.values(arm, "loss")
             spread = gain.std(0, ddof=1) if len(gain) > 1 else 0 * gain[0]
-            places = [v + 0.5 * (i - 2) for v in x]
+            places = [v + 0.5 * (i - 2.5) for v in x]
             middle.errorbar(places, gain.mean(0), spread, color=colour, label=label, marker="o", markersize=4, capsize=2)
     middle.axhline(0, color="black", linewidth=0.8)
-    middle.set(xlabel="weights removed (%)", ylabel="loss gained over Wanda (nats)", yscale="symlog")
+    middle.set(xlabel="weights removed (%)", ylabel="loss gained over Wanda (nats)")
     middle.set_yscale("symlog", linthresh=0.02)
     middle.set_title("What the swaps are worth", fontsize=10)
     middle.legend(fontsize=7)

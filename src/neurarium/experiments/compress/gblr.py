@@ -42,14 +42,14 @@ def run(trial: Trial) -> None:
 def planted(trial: Trial) -> None:
     draw = torch.Generator().manual_seed(trial.seed)
     matrix, cost = boxes(draw)
-    x = torch.randn(512, 64, generator=draw)
+    x = torch.randn(256, 64, generator=draw)
     for arm in trial.arms("planted_gblr", "planted_lowrank", "planted_blocks", "planted_blr"):
         if arm.name == "planted_gblr":
-            steps = trial.scale(smoke=100, laptop=1500)
+            steps = trial.scale(smoke=40, laptop=800)
             model = nn.Sequential(nn.Linear(64, 64, bias=False))
             result = gblr(
-                model, [(x, x @ matrix.T)] * steps, budget=cost / matrix.numel(), start=4.0, loss="mse", seed=trial.seed,
-                optimizer=partial(AdamW, lr=0.02, weight_decay=0.0), schedule=partial(one_cycle, steps=steps), threshold=0.3,
+                model, [(x, x @ matrix.T)] * steps, budget=cost / matrix.numel(), components=8, init="dense", loss="mse", seed=trial.seed,
+                optimizer=partial(AdamW, lr=0.02, weight_decay=0.0), schedule=partial(one_cycle, steps=steps),
             )[0]  # fmt: skip
             found, spent = result.eval().weight.detach(), result.cost()
         else:
@@ -93,7 +93,7 @@ def by_grid(matrix: Tensor, cost: int) -> tuple[Tensor, int]:
 
 
 def language(trial: Trial) -> None:
-    steps = trial.scale(smoke=12, laptop=250)
+    steps = trial.scale(smoke=8, laptop=250)
     texts = trial.shared("texts", lambda: _texts(trial, steps))
     layers: dict[str, Callable[[nn.Linear, float], nn.Module]] = {
         "lowrank": lambda layer, share: low_rank(layer, int(share * layer.weight.numel() / sum(layer.weight.shape))),

@@ -83,7 +83,7 @@ def single_weights(model: nn.Module) -> MaskPlan:
 
 
 def channels(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, float]:
-    """The filters of largest norm, the same share of each group, with as many multiply-adds as half of each pointwise layer leaves."""
+    """The filters of largest norm, the same share of each group, with at least the multiply-adds that groups at 50 % leave."""
     graph = ChannelGraph.trace(model, example)
     pruned = plan_groups(model, sparsity=0.5).masks
     whole = graph.cost().macs
@@ -104,8 +104,7 @@ def channels(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, float]
     for _ in range(12):
         share = (low + high) / 2
         low, high = (share, high) if graph.cost(kept(share)).macs <= target else (low, share)
-    smaller = graph.remove(model, kept(low))
-    return smaller, graph.cost(kept(low)).macs / target
+    return graph.remove(model, kept(high)), graph.cost(kept(high)).macs / target
 
 
 def macs_of(model: nn.Module, name: str, example: torch.Tensor) -> int:

@@ -57,7 +57,7 @@ def run(trial: Trial) -> None:
             seconds += time.perf_counter() - begun
         losses = [loss(m) for m in models]
         dense = trial.metric(f"{net}_dense", "loss")
-        arm.log(loss=losses, excess=[value - dense for value in losses], excess_70=losses[1] - dense)
+        arm.log(loss=losses, excess=[value - dense for value in losses], excess_loss_70=losses[1] - dense)
         arm.log_timed(prune_seconds=seconds)
 
 
