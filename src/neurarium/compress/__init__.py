@@ -5,6 +5,22 @@ the new module of it. So one paper's plan goes with another's executor."""
 
 from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
 from neurarium.compress.attention import SelfAttention
+from neurarium.compress.binary import (
+    BiPerConv2d,
+    BiPerLinear,
+    SignActivation,
+    SignConv2d,
+    SignLinear,
+    binarize,
+    biper_error,
+    biper_penalty,
+    laplace_error,
+    pack_binary,
+    plan_binary,
+    set_sharpness,
+    set_stage,
+    xnor_product,
+)
 from neurarium.compress.bit_plan import BitPlan
 from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
 from neurarium.compress.calibrate import InputStats, calibrate
@@ -21,6 +37,7 @@ from neurarium.compress.prune.magnitude import diagonal_fisher, magnitude, plan_
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
+from neurarium.compress.quant.adapt import AdaPT
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.fixedpoint import Dyadic, dyadic, fixed_codes, fixed_point
 from neurarium.compress.quant.mixture import MixtureConv2d, MixtureLinear, MixtureWeight, dgms, harden, plan_dgms, soften
@@ -42,6 +59,9 @@ from neurarium.compress.taylor import taylor
 __all__ = [
     "GPT",
     "NM",
+    "BiPerConv2d",
+    "BiPerLinear",
+    "AdaPT",
     "BitPlan",
     "Block",
     "BlockSparse",
@@ -67,6 +87,9 @@ __all__ = [
     "Pattern",
     "RankPlan",
     "SelfAttention",
+    "SignActivation",
+    "SignConv2d",
+    "SignLinear",
     "SparseLinear",
     "SparseSolution",
     "TraceReport",
@@ -77,6 +100,9 @@ __all__ = [
     "apply",
     "apply_channels",
     "apply_ranks",
+    "binarize",
+    "biper_error",
+    "biper_penalty",
     "calibrate",
     "chita",
     "chita_pp",
@@ -96,15 +122,18 @@ __all__ = [
     "hessian_trace",
     "hutchinson_trace",
     "knapsack_dp",
+    "laplace_error",
     "load_sparse",
     "low_rank",
     "magnitude",
     "milp",
     "minimax_bisect",
     "pack",
+    "pack_binary",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
+    "plan_binary",
     "plan_chita",
     "plan_dgms",
     "plan_magnitude",
@@ -112,6 +141,8 @@ __all__ = [
     "plan_wanda",
     "rank_macs",
     "round_ste",
+    "set_sharpness",
+    "set_stage",
     "soften",
     "sparse_quadratic",
     "sparsegpt",
@@ -125,4 +156,5 @@ __all__ = [
     "unpack",
     "wanda",
     "woodfisher",
+    "xnor_product",
 ]
