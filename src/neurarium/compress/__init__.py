@@ -5,6 +5,22 @@ the new module of it. So one paper's plan goes with another's executor."""
 
 from neurarium.compress.allocate import global_threshold, knapsack_dp, milp, minimax_bisect, uniform
 from neurarium.compress.attention import SelfAttention
+from neurarium.compress.binary import (
+    BiPerConv2d,
+    BiPerLinear,
+    SignActivation,
+    SignConv2d,
+    SignLinear,
+    binarize,
+    biper_error,
+    biper_penalty,
+    laplace_error,
+    pack_binary,
+    plan_binary,
+    set_sharpness,
+    set_stage,
+    xnor_product,
+)
 from neurarium.compress.bit_plan import BitPlan
 from neurarium.compress.blocks import Layout, LinearView, TransformerBlocks, explicit
 from neurarium.compress.calibrate import InputStats, calibrate
@@ -35,6 +51,7 @@ from neurarium.compress.prune.meta import NetworkGraph, PruningMetaNet, meta_pru
 from neurarium.compress.prune.obs import woodfisher
 from neurarium.compress.prune.sparsegpt import plan_sparsegpt, sparsegpt
 from neurarium.compress.prune.wanda import plan_wanda, wanda
+from neurarium.compress.quant.adapt import AdaPT
 from neurarium.compress.quant.affine import UniformGrid, affine_grid, round_ste, symmetric_grid
 from neurarium.compress.quant.bits import bit_costs, plan_bits, sensitivities
 from neurarium.compress.quant.dyadic import quantize_integer
@@ -81,6 +98,9 @@ __all__ = [
     "GPT",
     "NM",
     "ActiveShapeModel",
+    "AdaPT",
+    "BiPerConv2d",
+    "BiPerLinear",
     "BitPlan",
     "Block",
     "BlockLowRankLinear",
@@ -123,6 +143,9 @@ __all__ = [
     "RangePlan",
     "RankPlan",
     "SelfAttention",
+    "SignActivation",
+    "SignConv2d",
+    "SignLinear",
     "SoftTargets",
     "SparseBytePlan",
     "SparseConv2d",
@@ -148,6 +171,9 @@ __all__ = [
     "apply_ranges",
     "apply_ranks",
     "assistive_loss",
+    "binarize",
+    "biper_error",
+    "biper_penalty",
     "bit_costs",
     "block_prune",
     "box_mask",
@@ -187,6 +213,7 @@ __all__ = [
     "hutchinson_trace",
     "knapsack_dp",
     "landmark_kd_loss",
+    "laplace_error",
     "layer_costs",
     "load_sparse",
     "low_rank",
@@ -201,11 +228,13 @@ __all__ = [
     "optimal_transport",
     "ot_fuse",
     "pack",
+    "pack_binary",
     "pack_blocks",
     "pack_layer",
     "packed_bytes",
     "per_sample_grads",
     "plan_alds",
+    "plan_binary",
     "plan_bits",
     "plan_block_prune",
     "plan_chita",
@@ -232,6 +261,8 @@ __all__ = [
     "round_ste",
     "saw_gate",
     "sensitivities",
+    "set_sharpness",
+    "set_stage",
     "simulate",
     "soften",
     "sparse_quadratic",
@@ -256,4 +287,5 @@ __all__ = [
     "wanda_sp",
     "with_teachers",
     "woodfisher",
+    "xnor_product",
 ]
