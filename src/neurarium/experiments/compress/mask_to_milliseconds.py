@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neurarium.compress import BlockSparse, Tiles, block_prune, rearrange_channels, to_sparse_runtime
-from neurarium.experiments.compress.sparse_cpu import one_thread, train_on
+from neurarium.compress import BlockSparse, block_prune, rearrange_channels, to_sparse_runtime
+from neurarium.experiments.compress.sparse_cpu import one_thread, random_mask, train_on
 from neurarium.experiments.compress.zoo import gpt
 from neurarium.meter import latency
 
@@ -96,7 +96,7 @@ def times(trial: Trial) -> dict[str, float]:
         for percent in SPARSITIES:
             pair = []
             for weight in (up, down):
-                mask = Tiles(*block).mask(torch.rand(weight.shape, generator=draw), percent / 100)
+                mask = random_mask(weight.shape, block, percent / 100, draw)
                 pair.append(_csr(weight * mask) if name == "csr" else BlockSparse.from_dense(weight, block, mask=mask))
             if name == "csr":
                 runs[f"{name}_{percent}"] = lambda pair=pair: pair[1] @ torch.relu(pair[0] @ x.T)

@@ -103,12 +103,12 @@ def grid(shapes: tuple, repeats: int, seed: int) -> dict[str, np.ndarray]:
         }  # fmt: skip
         for s in SPARSITIES:
             for name, block in KERNELS.items():
-                mask = Tiles(*block).mask(torch.rand(weight.shape, generator=draw), s)
+                mask = random_mask(weight.shape, block, s, draw)
                 if name.startswith("int8"):
                     runs[(name, s)] = partial(Int8Sparse.from_dense(weight, block, mask=mask).sums, codes)
                 else:
                     runs[(name, s)] = partial(BlockSparse.from_dense(weight, block, mask=mask).matmul, x)
-            single = weight * Tiles(1, 1).mask(torch.rand(weight.shape, generator=draw), s)
+            single = weight * random_mask(weight.shape, (1, 1), s, draw)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # CSR tensors are in beta
                 runs[("csr", s)] = partial(torch.matmul, single.to_sparse_csr(), x.T)
@@ -118,6 +118,12 @@ def grid(shapes: tuple, repeats: int, seed: int) -> dict[str, np.ndarray]:
             row = [timings[(name, s if (name, s) in runs else 0)].median for s in SPARSITIES]
             found.setdefault(name, []).append(row)
     return {name: np.array(rows) for name, rows in found.items()}
+
+
+def random_mask(shape: tuple[int, ...], block: tuple[int, int], sparsity: float, draw: torch.Generator) -> torch.Tensor:
+    """Blocks that stay with probability 1 - sparsity, each by itself."""
+    units = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), generator=draw) >= sparsity
+    return Tiles(*block).spread(units, shape)
 
 
 def capped(shapes: tuple, repeats: int) -> np.ndarray:

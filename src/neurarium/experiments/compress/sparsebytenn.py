@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from neurarium.compress import BlockSparse, ChannelGraph, MaskPlan, Tiles, Unstructured, apply, plan_groups, rearrange_channels
+from neurarium.compress import BlockSparse, ChannelGraph, MaskPlan, Unstructured, apply, plan_groups, rearrange_channels
 from neurarium.compress.runtime.conv import SparseConv2d
-from neurarium.experiments.compress.sparse_cpu import one_thread
+from neurarium.experiments.compress.sparse_cpu import one_thread, random_mask
 from neurarium.experiments.compress.zoo import accuracy, cifar, finetune, mobilenet
 from neurarium.meter import latency
 
@@ -41,7 +41,7 @@ GROUPS = {
 
 def run(trial: Trial) -> None:
     task = cifar(trial)
-    few = replace(task, train=task.train.split(trial.scale(smoke=100, laptop=5000), trial.seed)[0])
+    few = replace(task, train=task.train.split(trial.scale(smoke=100, laptop=3000), trial.seed)[0])
     example = task.train.x[:2]
 
     def trained(model: nn.Module) -> float:
@@ -128,14 +128,14 @@ def pointwise(trial: Trial) -> dict[str, float]:
         pixels, flat = x.permute(0, 2, 3, 1), conv.weight.detach().flatten(1).contiguous()
         runs: dict[str, Callable] = {"convolution": partial(conv, x), "linear": partial(F.linear, pixels, flat)}
         for name, (height, sparsity, _) in GROUPS.items():
-            mask = Tiles(height).mask(torch.rand(flat.shape, generator=draw), sparsity)
+            mask = random_mask(flat.shape, (height, 1), sparsity, draw)
             runs[name] = partial(SparseConv2d(BlockSparse.from_dense(flat, (height, 1), mask=mask), conv), x)
         narrow = nn.Conv2d(round(0.5**0.5 * inputs), round(0.5**0.5 * outputs), 1, bias=False).to(memory_format=torch.channels_last)
         y = x[:, : narrow.in_channels].contiguous(memory_format=torch.channels_last)
         thin = narrow.weight.detach().flatten(1).contiguous()
         runs["narrow convolution"] = partial(narrow, y)
         runs["narrow linear"] = partial(F.linear, y.permute(0, 2, 3, 1), thin)
-        single = flat * Tiles(1).mask(torch.rand(flat.shape, generator=draw), 0.5)
+        single = flat * random_mask(flat.shape, (1, 1), 0.5, draw)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # CSR tensors are in beta
             runs["unstructured"] = partial(torch.matmul, single.to_sparse_csr(), pixels.reshape(-1, inputs).T)
