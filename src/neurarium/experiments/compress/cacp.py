@@ -29,7 +29,7 @@ GRID = tuple(np.linspace(0.3, 0.7, 9).round(3).tolist())
 
 
 def run(trial: Trial) -> None:
-    task, episodes = cifar(trial), trial.scale(smoke=3, laptop=48)
+    task, episodes = cifar(trial), trial.scale(smoke=3, laptop=120)
     held = len(task.test) // 5
     judge = [(task.test.x[:held], task.test.y[:held])]
     calibration = task.train.x[:200]
