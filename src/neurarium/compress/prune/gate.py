@@ -251,7 +251,7 @@ def trainable_gate(
     weight: float = 2.0,
     tol: float = 0.02,
     lr: float = 0.01,
-    gate_lr: float = 0.05,
+    gate_lr: float = 0.2,
     optimizer: Callable[..., Optimizer] = _SGD,
     units: str | Sequence[str] = KINDS,
     coupled: str = "inner",

@@ -85,7 +85,7 @@ def run(trial: Trial) -> None:
         )
         if arm.name == "gpt_gate":
             small = trainable_gate(
-                trained.model, loader, target=0.7, epochs=1, finetune=1, units="neurons", lr=1e-3, gate_lr=0.05,
+                trained.model, loader, target=0.7, epochs=1, finetune=1, units="neurons", lr=1e-3,
                 loss_fn=next_token_loss, learner=learner, example=example, seed=trial.seed, optimizer=partial(SGD, momentum=0.9),
             )  # fmt: skip
             plan = small.plan
