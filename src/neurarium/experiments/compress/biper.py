@@ -89,6 +89,7 @@ def run(trial: Trial, rates: dict[str, float] = RATES) -> None:
             train(model, batches, epochs=part, rate=rates[kind], tau=TAU[stage - 1], seed=trial.seed + 1000 * stage, watch=watch)
         arm.log(acc=accuracy(model, task))
         if kind == "real":
+            arm.log(packed_acc=accuracy(model, task), packed_share=1.0)
             continue
         layers = [m for m in model.modules() if isinstance(m, (BiPerConv2d, SignConv2d))]
         packed = pack_binary(model)
