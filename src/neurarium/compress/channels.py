@@ -59,6 +59,10 @@ class ChannelPlan:
     implanted: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As text: a model that carries its plan pickles without further tensors."""
+        return ChannelPlan.from_json, (self.to_json(),)
+
     def check(self, model: nn.Module) -> None:
         """Raises BadInput naming the first tensor that is missing or has another shape."""
         tensors = _tensors(model)
