@@ -129,6 +129,7 @@ class PackedConv2d(_Packed):
             "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups, "padding_mode": layer.padding_mode,
         }  # fmt: skip
         self._frame = (nn.Conv2d(**self._options, bias=False, device="meta"),)  # knows how to pad; a tuple keeps it out of the state
+        self._frame[0].weight = None  # type: ignore[assignment]  # no tensor that the state does not carry
         self._store(layer, codes, bits, table, scale)
 
     def forward(self, x: Tensor) -> Tensor:
