@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 #: the best of 0.01, 0.03 and 0.1 (gradients of norm 1; the same for all of them) and of 0.03, 0.1 and 0.3 (plain)
-RATE, PLAIN = 0.03, 0.1
+RATE, PLAIN = 0.1, 0.1
 
 
 def network(classes: int, width: int) -> nn.Module:
