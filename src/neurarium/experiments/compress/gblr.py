@@ -45,10 +45,11 @@ def planted(trial: Trial) -> None:
     x = torch.randn(256, 64, generator=draw)
     for arm in trial.arms("planted_gblr", "planted_lowrank", "planted_blocks", "planted_blr"):
         if arm.name == "planted_gblr":
-            steps = trial.scale(smoke=40, laptop=800)
+            steps = trial.scale(smoke=40, laptop=1500)
             model = nn.Sequential(nn.Linear(64, 64, bias=False))
             result = gblr(
-                model, [(x, x @ matrix.T)] * steps, budget=cost / matrix.numel(), components=8, init="dense", loss="mse", seed=trial.seed,
+                model, [(x, x @ matrix.T)] * steps, budget=cost / matrix.numel(), components=8, init="dense", learn=0.8, sigma=(8.0, 100.0),
+                structure_lr=2e-3, loss="mse", seed=trial.seed,
                 optimizer=partial(AdamW, lr=0.02, weight_decay=0.0), schedule=partial(one_cycle, steps=steps),
             )[0]  # fmt: skip
             found, spent = result.eval().weight.detach(), result.cost()
