@@ -64,7 +64,7 @@ def run(trial: Trial) -> None:
             arm.log(accuracy=right, loss=loss, float_ops=count_float_ops(model, x[:2]), bytes=stored_bytes(model))
             continue
         net = quantize_integer(model, calibration, bits=8)
-        codes = net.encode(task.test.x[: trial.scale(smoke=2, laptop=32)])
+        codes = net.encode(task.test.x[: trial.scale(smoke=2, laptop=16)])
         out, exact, real = net.core(*codes)[0], simulate(net, *codes)[0], simulate(net, *codes, dyadic=False)[0]
         arm.log(accuracy=accuracy(net, task), bytes=stored_bytes(net))
         arm.log(float_ops=count_float_ops(net.core, *codes) + count_float_ops(net.core, *codes, exported=True))
@@ -99,8 +99,8 @@ def run(trial: Trial) -> None:
         harm, cost = trial.shared("omega", omega), trial.shared("costs", costs)
         names, draw = list(harm), np.random.default_rng(trial.seed)
         ends = (names[0], names[-1])
-        random = [0.5] * trial.scale(smoke=2, laptop=10)
-        shares = random if arm.name == "random" else [0.0, 1.0, *([0.2, 0.4, 0.6, 0.8] * trial.scale(smoke=1, laptop=3))]
+        random = [0.5] * trial.scale(smoke=2, laptop=8)
+        shares = random if arm.name == "random" else [0.0, 1.0, *([0.2, 0.4, 0.6, 0.8] * trial.scale(smoke=1, laptop=2))]
         accuracies, losses, predicted, bops = [], [], [], []
         for share in shares:
             levels = _filled([names[i] for i in draw.permutation(len(names))], cost, ends, _budget(cost, ends, share))
