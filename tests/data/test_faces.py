@@ -18,12 +18,12 @@ def test_images_are_seeded_and_do_not_depend_on_their_number() -> None:
 
 
 def test_the_points_are_where_the_features_are() -> None:
-    task = synthetic_faces(1, 250, size=48)
+    task = synthetic_faces(1, 100, size=64)
     x, y = task.test.x[:, 0], task.test.y.view(-1, 32, 2)
     assert (y.abs() < 0.5).float().mean() > 0.97
 
     def brightness(points: torch.Tensor) -> torch.Tensor:
-        at = ((points + 0.5) * 48).long().clamp(0, 47)
+        at = ((points + 0.5) * 64).long().clamp(0, 63)
         return x[torch.arange(len(x)), at[:, 1], at[:, 0]]
 
     iris, white = y[:, [15, 17]].mean(1), 0.2 * y[:, 17] + 0.8 * y[:, 15]

@@ -23,7 +23,7 @@ __all__ = ["FaceTask", "synthetic_faces"]
 
 POINTS = 32
 _JAW, _BROWS, _EYES, _NOSE, _MOUTH = 0, 9, 15, 23, 27  # where each part begins
-_CHUNK = 250  # images drawn at a time, each with a generator of its own
+_CHUNK = 50  # images drawn at a time, each with a generator of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def _draw(g: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
 
     grid = (torch.arange(size) + 0.5) / size - 0.5
     at = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), 2).view(1, -1, 2)  # (1, pixels, 2)
-    soft = 0.7 / size  # half the width of an edge
+    soft = 0.4 / size  # half the width of an edge
     cover = lambda distance: torch.sigmoid(-distance / soft)  # noqa: E731
     local = at - centre[:, None]
     u = (cos[:, None] * local[..., 0] + sin[:, None] * local[..., 1]) / scale[:, None].square() / (thin * width)[:, None]
