@@ -196,22 +196,21 @@ def packed_error(model: nn.Module, ids: Tensor) -> float:
 
 def figure(record: RecordView, fig: Figure) -> None:
     fig.set_size_inches(10, 5.6)
-    axes = fig.subplots(2, 4)
+    grid = fig.add_gridspec(2, 4)
+    axes = {(i, j): fig.add_subplot(grid[i, j]) for i in range(2) for j in range(4) if i == 0 or j > 1}
     panels = {"planted_gblr": "Gaudi-GBLR", "planted_lowrank": "low rank", "planted_blr": "low rank in blocks"}
     truth = record.grids("planted_gblr", "truth")[0]
     bound = abs(truth).max()
     axes[0, 0].imshow(truth, cmap="RdBu_r", vmin=-bound, vmax=bound)
     axes[0, 0].set_title("planted matrix", fontsize=9)
-    for ax, (arm, label) in zip(axes[0, 1:], panels.items(), strict=True):
+    for ax, (arm, label) in zip((axes[0, j] for j in (1, 2, 3)), panels.items(), strict=True):
         ax.imshow(record.grids(arm, "weight")[0], cmap="RdBu_r", vmin=-bound, vmax=bound)
         ax.set_title(f"{label}: error {record.mean(arm, 'fit_error'):.2f}", fontsize=9)
-    for ax in axes[0]:
-        ax.set(xticks=(), yticks=())
+    for j in range(4):
+        axes[0, j].set(xticks=(), yticks=())
     labels = {"dense": "dense", "lowrank": "low rank", "blr": "low rank\nin blocks", "blocks": "block\ndiagonal", "gblr": "Gaudi-\nGBLR"}
     colours = ("#999999", "#56B4E9", "#009E73", "#E69F00", "#0072B2")
-    for axis in axes[1, :2]:
-        axis.remove()
-    bars = fig.add_subplot(2, 2, 3)
+    bars = fig.add_subplot(grid[1, :2])
     for i, (arm, colour) in enumerate(zip(labels, colours, strict=True)):
         values = record.values(arm, "loss")
         bars.errorbar(i, values.mean(), values.std(ddof=1) if len(values) > 1 else 0, color=colour, marker="o", capsize=3)
