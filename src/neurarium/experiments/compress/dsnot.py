@@ -31,7 +31,7 @@ SWAPS: dict[str, dict] = {
     "no_sign_rule": {"same_sign": False},
     "all_layers": {"modules": None},
 }
-BINS = torch.linspace(-0.2, 0.2, 41)
+BINS = torch.linspace(-0.3, 0.3, 41)
 
 
 def run(trial: Trial) -> None:
@@ -61,7 +61,7 @@ def run(trial: Trial) -> None:
         if arm.name in ("wanda", "wanda_dsnot"):
             found = [torch.cat([error(net.model, m, n, mean) for n in layers]) for m in models]
             arm.log(row_error=[float(e.abs().mean()) for e in found])
-            counts = torch.histogram(found[2].float().clamp(-0.199, 0.199), BINS).hist
+            counts = torch.histogram(found[2].float().clamp(-0.299, 0.299), BINS).hist
             arm.curve("errors", x=((BINS[1:] + BINS[:-1]) / 2).tolist(), y=(counts / counts.sum()).tolist())
         if arm.name == "wanda_dsnot":
             arm.log_timed(dsnot_seconds=seconds / len(models), backward_seconds=backward(net.model, loader))
@@ -137,7 +137,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     middle.set(xlabel="weights removed (%)", ylabel="loss gained over Wanda (nats)")
     middle.set_yscale("symlog", linthresh=0.02)
     middle.set_title("What the swaps are worth", fontsize=10)
-    middle.legend(fontsize=7)
+    middle.legend(fontsize=6, loc="lower left", framealpha=0.6)
     for arm, colour, label in (("wanda", "#0072B2", "Wanda"), ("wanda_dsnot", "#009E73", "after the swaps")):
         if curves := record.curves(arm, "errors"):
             right.step(curves[0][0], curves[0][1], where="mid", color=colour, label=label)
