@@ -59,6 +59,7 @@ def run(trial: Trial) -> None:
         if arm.name == "maps":
             depth, chosen = len(widths[0]), len(widths[1])
             others = [m for m in ((0, *c) for c in combinations(range(1, depth), chosen - 1)) if m != plan.maps[STAGE]]
+            others = others[: trial.scale(smoke=1, laptop=None)]
             found = [accuracy(apply_fusion(large, small, FusionPlan({STAGE: m}), samples), task) for m in others]
             arm.log(accuracy=found, mean=sum(found) / len(found))
             continue

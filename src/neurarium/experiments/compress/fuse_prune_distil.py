@@ -1,6 +1,6 @@
 """Fuse, prune or distil: a small network from a deep trained one, at one size and one number of epochs.
 
-The teacher is a residual network of 14 layers. Every student has at most the parameters of the one of 8 layers, sees the same 4,000 images
+The teacher is a residual network of 14 layers. Every student has at most the parameters of the one of 8 layers, sees the same 3,000 images
 for four epochs in all, and ends with one cycle of the learning rate. ``fused`` spends half of its epochs on a student from scratch, which
 it fuses with the teacher by CLAFusion (layers merged away), and the rest on tuning; ``dropped`` keeps the teacher's matched blocks alone;
 ``pruned`` keeps the channels that HAP's curvature picks; ``distilled`` starts from scratch with the teacher's soft targets.
@@ -38,7 +38,7 @@ FRESH, TUNE = 0.15, 0.05  # learning rates of a network from scratch, of one tha
 
 def run(trial: Trial) -> None:
     task = trial.shared("cifar", lambda: cifar(trial))
-    few = replace(task, train=task.train.take(torch.arange(trial.scale(smoke=200, laptop=4000))))
+    few = replace(task, train=task.train.take(torch.arange(trial.scale(smoke=200, laptop=3000))))
     epochs = trial.scale(smoke=2, laptop=4)
     calibration = [(few.train.x[:200], few.train.y[:200])]
 
