@@ -63,7 +63,7 @@ def synthetic_faces(train: int = 6000, test: int = 1000, *, size: int = 48, nois
         if error:
             y = y + error * torch.cat([torch.randn(_CHUNK, 2 * POINTS, generator=generator(seed, 2, i)) for i in range(len(drawn))])[:n]
         parts.append(TensorData(x, y))
-    return FaceTask(*parts)
+    return FaceTask(parts[0], parts[1])
 
 
 def _draw(g: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -90,15 +90,20 @@ def _draw(g: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
             height = brow - raised - (0.06 if i == 1 else 0.0)
             put(_BROWS + (i if side == 0 else 5 - i), sign * (apart + along * large), height, 0.25 if i else 0.1)
         outer, inner = sign * (apart + large), sign * (apart - large)
-        put(_EYES + (0 if side == 0 else 6), outer, -0.17, 0.1), put(_EYES + (2 if side == 0 else 4), inner, -0.17, 0.2)
+        put(_EYES + (0 if side == 0 else 6), outer, -0.17, 0.1)
+        put(_EYES + (2 if side == 0 else 4), inner, -0.17, 0.2)
         put(_EYES + (1 if side == 0 else 5), sign * apart, -0.17 - large * lids, 0.2)
         put(_EYES + (3 if side == 0 else 7), sign * apart, -0.17 + large * lids, 0.2)
     tip = -0.12 + nose
-    put(_NOSE, 0.0, -0.12, 0.3), put(_NOSE + 1, 0.0, tip, 0.6)
-    put(_NOSE + 2, -0.11, tip + 0.04, 0.35), put(_NOSE + 3, 0.11, tip + 0.04, 0.35)
+    put(_NOSE, 0.0, -0.12, 0.3)
+    put(_NOSE + 1, 0.0, tip, 0.6)
+    put(_NOSE + 2, -0.11, tip + 0.04, 0.35)
+    put(_NOSE + 3, 0.11, tip + 0.04, 0.35)
     mouth = 0.56 * length
-    put(_MOUTH, -lips - smile, mouth - smile, 0.2), put(_MOUTH + 2, lips + smile, mouth - smile, 0.2)
-    put(_MOUTH + 1, 0.0, mouth - 0.05 - opened / 3, 0.35), put(_MOUTH + 3, 0.0, mouth + 0.06 + opened, 0.35)
+    put(_MOUTH, -lips - smile, mouth - smile, 0.2)
+    put(_MOUTH + 2, lips + smile, mouth - smile, 0.2)
+    put(_MOUTH + 1, 0.0, mouth - 0.05 - opened / 3, 0.35)
+    put(_MOUTH + 3, 0.0, mouth + 0.06 + opened, 0.35)
     put(_MOUTH + 4, 0.0, mouth + opened / 3, 0.3)
 
     turn, angle, scale = uniform(-0.4, 0.4), uniform(-math.pi / 6, math.pi / 6), 0.34 * uniform(0.8, 1.1)
@@ -136,8 +141,8 @@ def _draw(g: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
     hair = uniform(0.05, 0.35)
     for first in (_BROWS, _BROWS + 3):
         paint(stroke([first, first + 1, first + 2], 0.03), hair)
-    for outer, top, inner, bottom in ((0, 1, 2, 3), (6, 5, 4, 7)):
-        corners = p[:, [_EYES + outer, _EYES + inner]]
+    for left, top, right, bottom in ((0, 1, 2, 3), (6, 5, 4, 7)):
+        corners = p[:, [_EYES + left, _EYES + right]]
         middle, half = corners.mean(1)[:, None], (corners[:, 1] - corners[:, 0])[:, None] / 2
         tall = (p[:, _EYES + bottom] - p[:, _EYES + top])[:, None] / 2
         a = ((at - middle) * half).sum(2) / half.square().sum(2)

@@ -204,7 +204,9 @@ def _hugging_face(name: str) -> nn.Module:
         import transformers as t
     except ImportError as error:
         raise MissingExtra("transformers", "test") from error
-    common = {"vocab_size": TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    common: dict[str, Any] = {
+        "vocab_size": TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32,
+    }  # fmt: skip
     if name == "llama":
         return t.LlamaForCausalLM(t.LlamaConfig(**common, intermediate_size=48, num_key_value_heads=2, pad_token_id=0))
     if name == "opt":
