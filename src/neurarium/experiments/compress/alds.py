@@ -135,8 +135,8 @@ def figure(record: RecordView, fig: Figure) -> None:
         spread = values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
         left.errorbar([100 * k for k in KEEP], values.mean(0), spread, label=label, color=colour, marker="o", markersize=4, capsize=2)
     left.axhline(100 * record.mean("dense", "acc"), color="black", linewidth=0.8, linestyle=":")
-    left.set(xlabel="weights kept (%)", ylabel="test accuracy, no retraining (%)", title="One network, one budget")
-    left.legend(fontsize=8)
+    left.set(xlabel="weights kept (%)", ylabel="test accuracy, no retraining (%)", title="One network, one budget", ylim=(0, 95))
+    left.legend(fontsize=7, loc="upper left", ncols=2)
     keep = f"{100 * KEEP[1]:.0f}"
     splits, share = record.curves("alds", f"splits_{keep}")[0][1], record.curves("alds", f"share_{keep}")[0][1]
     one = record.curves("k1", f"share_{keep}")[0][1]
@@ -146,5 +146,5 @@ def figure(record: RecordView, fig: Figure) -> None:
     for i, (k, v) in enumerate(zip(splits, share, strict=True)):
         right.annotate("dense" if k == 0 else f"{k:g}", (i - 0.2, 100 * v), ha="center", va="bottom", fontsize=7)
     right.axhline(100 * KEEP[1], color="black", linewidth=0.8, linestyle=":")
-    right.set(xlabel="layer", ylabel="weights kept (%)", title=f"Who gets what at {100 * KEEP[1]:g} % (first seed)", xticks=where)
-    right.legend(fontsize=8)
+    right.set(xlabel="layer", ylabel="weights kept (%)", title=f"Who gets what at {100 * KEEP[1]:g} % (first seed)", xticks=where, ylim=(0, 122))
+    right.legend(fontsize=8, loc="upper center", ncols=2)
