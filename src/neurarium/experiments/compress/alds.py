@@ -146,5 +146,6 @@ def figure(record: RecordView, fig: Figure) -> None:
     for i, (k, v) in enumerate(zip(splits, share, strict=True)):
         right.annotate("dense" if k == 0 else f"{k:g}", (i - 0.2, 100 * v), ha="center", va="bottom", fontsize=7)
     right.axhline(100 * KEEP[1], color="black", linewidth=0.8, linestyle=":")
-    right.set(xlabel="layer", ylabel="weights kept (%)", title=f"Who gets what at {100 * KEEP[1]:g} % (first seed)", xticks=where, ylim=(0, 122))
+    right.set(xlabel="layer", ylabel="weights kept (%)", title=f"Who gets what at {100 * KEEP[1]:g} % (first seed)")
+    right.set(xticks=where, ylim=(0, 122))
     right.legend(fontsize=8, loc="upper center", ncols=2)
