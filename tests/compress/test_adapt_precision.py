@@ -14,8 +14,6 @@ from neurarium.compress import AdaPT, fixed_point
 from neurarium.compress.quant.adapt import divergence, diversity, init_weights, push_down, push_up, size_ratio, speedups, weight_plan
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import evaluate
-from neurarium.testing.architectures import ARCHITECTURES, subject
-from neurarium.testing.examples.compress.lowbit import COVER
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -151,14 +149,3 @@ def test_bad_input_is_named() -> None:
     assert torch.equal(model[0].weight, before[0].weight)
     with pytest.raises(UnsupportedModel, match="LSTM"):
         AdaPT().fit(nn.LSTM(3, 3), batches(), epochs=1)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture(name: str) -> None:
-    if name in ("llama", "opt", "gpt2"):
-        pytest.importorskip("transformers")
-    s = subject(name)
-    want = s.run()
-    result = COVER["adapt-precision"](s)
-    assert s.run(result).shape == want.shape
-    assert torch.isfinite(s.run(result)).all()
