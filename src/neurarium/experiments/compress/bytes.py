@@ -168,5 +168,7 @@ def figure(record: RecordView, fig: Figure) -> None:
         label = f"{NAMES[arm]}: {mean:.1f} % in {size:.0f} KiB"
         ax.errorbar(size, mean, spread, fmt=marker, color=colour, markeredgecolor="black", markeredgewidth=0.4, capsize=3, label=label)
     ax.set_xscale("log", base=2)
+    ticks = [2**k for k in range(11) if min(p[0] for p in points) * 0.8 <= 2**k <= max(p[0] for p in points) * 1.2]
+    ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.set(xlabel="saved bytes (KiB)", ylabel="test accuracy (%)", title="One network in nine papers' forms, one epoch of training each")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
