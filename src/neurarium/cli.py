@@ -482,6 +482,20 @@ def doctor() -> None:
     raise typer.Exit(1 if broken else 0)
 
 
+@app.command("matrix")
+def matrix_(
+    room: Annotated[str, typer.Argument(help="The room, for example compress.")] = "compress",
+    paper: Annotated[list[str] | None, typer.Option(help="Only this paper; may be given several times.")] = None,
+) -> None:
+    """Try the room's transforms on twelve kinds of network.
+
+    Prints a Markdown table: what each takes, what it refuses, and the layer that stands in its way.
+    """
+    from neurarium.testing.matrix import matrix, render
+
+    print(_plain(render(matrix(room, paper or None)), lines=True))
+
+
 # ------------------------------------------------------------------------------------------------------------------ helpers
 
 

@@ -120,6 +120,23 @@ def test_per_sample_gradients_are_those_of_single_samples() -> None:
         torch.testing.assert_close(rows[i], want, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_branches_on_its_data_has_per_sample_gradients_too() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if bool(x.sum() > 0) else self.a(2 * x)
+
+    torch.manual_seed(0)
+    model, x, y = Branching(), torch.tensor([[1.0, 0, 2], [-1, 0, -2]]), torch.tensor([0, 1])
+    rows = per_sample_grads(model, x, y, names=["a.weight"])
+    plain = per_sample_grads(nn.ModuleDict({"a": model.a})["a"], x * torch.tensor([[1.0], [2]]), y, names=["weight"])
+    assert torch.allclose(rows, plain)
+
+
+
 @pytest.mark.parametrize("options", [{}, {"method": "bso"}, {"block": 100}, {"stages": 3}, {"first_order": True}])
 def test_the_sparsity_is_exact_and_biases_and_norms_stay(options: dict) -> None:
     model = network()

@@ -46,7 +46,8 @@ def per_sample_grads(
 ) -> Tensor:
     """Gradient of each sample's loss in the named parameters, one row a sample.
 
-    Runs in eval mode (BatchNorm frozen, no dropout); mode, gradients and buffers of the model stay as they were.
+    Runs in eval mode (BatchNorm frozen, no dropout); mode, gradients and buffers of the model stay as they were. All samples of a chunk
+    go at once, unless the model takes a way that depends on its data: then they go one by one, which is slower.
 
     Args:
         x, y: (samples, ...) inputs and targets.
@@ -69,7 +70,13 @@ def per_sample_grads(
 
     with undisturbed(model):
         model.eval()
-        grads = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk)(chosen, x, y)
+        try:
+            grads = vmap(grad(loss), in_dims=(None, 0, 0), chunk_size=chunk)(chosen, x, y)
+        except RuntimeError as error:
+            if "data-dependent control flow" not in str(error):
+                raise
+            alone = [grad(loss)(chosen, row, target) for row, target in zip(x, y, strict=True)]
+            grads = {name: torch.stack([g[name] for g in alone]) for name in chosen}
     rows = torch.cat([grads[name].reshape(len(x), -1) for name in names], 1).float()
     if not torch.isfinite(rows).all():
         bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])

@@ -9,6 +9,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 """
 
 from neurarium.data.characters import baybayin
+from neurarium.data.faces import FaceTask, synthetic_faces
 from neurarium.data.graphs import GraphTask, graph
 from neurarium.data.registry import SETS, available, get, where
 from neurarium.data.sequences import SeriesTask, arma, series
@@ -23,6 +24,7 @@ __all__ = [
     "SETS",
     "AudioTask",
     "Batches",
+    "FaceTask",
     "GraphTask",
     "ImageTask",
     "SeriesTask",
@@ -43,6 +45,7 @@ __all__ = [
     "photos",
     "series",
     "stratified",
+    "synthetic_faces",
     "tabular",
     "text",
     "where",

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from neurarium.compress import chita as prune
+from neurarium.compress import explicit
 from neurarium.testing import Example
+from neurarium.testing.architectures import Subject
 
 
 def _model(seed: int) -> nn.Module:
@@ -32,3 +34,10 @@ def chita() -> Example:
         inputs=_inputs,
         unsupported=lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64)),
     )
+
+
+def _cover(s: Subject) -> nn.Module:
+    return prune(explicit(s.model), loader=s.loader, sparsity=0.5, samples=8, loss_fn=s.loss)
+
+
+COVER = {"chita": _cover}

@@ -1,0 +1,1 @@
+"""Fusing trained networks: neurons by optimal transport, layers by alignment."""
