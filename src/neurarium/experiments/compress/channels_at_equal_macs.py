@@ -96,7 +96,7 @@ def _scores(name: str, seed: int) -> Callable[[nn.Module, ChannelGraph, list], d
         "random": lambda model, graph, batch: {g.id: torch.rand(g.size, generator=draw).double() for g in graph.groups},
         "l1": lambda model, graph, batch: {k: s / s.mean() for k, s in unit_norm(model, graph.groups, p=1).items()},
         "taylor": lambda model, graph, batch: unit_taylor(model, graph.groups, batch, samples=len(batch[0][0])),
-        "hap": lambda model, graph, batch: hap_scores(model, graph.groups, batch, probes=12, samples=len(batch[0][0]), seed=seed).scores,
+        "hap": lambda model, graph, batch: hap_scores(model, graph.groups, batch, probes=64, samples=len(batch[0][0]), seed=seed).scores,
         "flap": lambda model, graph, batch: {k: (s - s.mean()) / s.std() for k, s in unit_fluctuation(model, graph.groups, batch).items()},
     }[name]
 
