@@ -30,7 +30,6 @@ Rule = Callable[[Tensor, int], RangeFit]
 def run(trial: Trial) -> None:
     task = cifar(trial)
     images = task.train.x[: trial.scale(smoke=64, laptop=1024)]
-    bits = trial.scale(smoke=(2,), laptop=BITS)
     rules: dict[str, Rule] = {
         "requant": partial(estimate_range, power=None),
         "alpha_only": estimate_range,
@@ -48,7 +47,7 @@ def run(trial: Trial) -> None:
             arm.log(accuracy=accuracy(model, task))
             arm.log(reestimated=accuracy(reestimate_bn(apply_ranges(model, RangePlan({})), images), task))
             continue
-        levels = (8, 6, *bits) if arm.name == "requant" and trial.name != "smoke" else bits
+        levels = (8, 6, *BITS) if arm.name == "requant" else BITS
         searched = arm.name in ("requant", "alpha_only", "minmax")
         fitted, mse = [], []
         for b in levels:
