@@ -139,7 +139,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     for (arm, label), colour in zip(names.items(), colours, strict=True):
         curves = record.curves(arm, "accuracy")
         x = -torch.tensor(curves[0][0])
-        values = 100 * torch.tensor([y for _, y in curves])
+        values = 100 * torch.stack([torch.as_tensor(y) for _, y in curves])
         spread = values.std(0) if len(values) > 1 else 0 * values[0]
         left.errorbar(x, values.mean(0), spread, label=label, color=colour, marker="o", markersize=4, capsize=2)
     left.set_xticks((-8, -6, -4, -3, -2), ("8", "6", "4", "3", "2"))
