@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -61,6 +62,10 @@ def test_same_groups_on_convolutional_networks(name: str) -> None:
     print(f"\n{name:10} groups {len(mine):3}   seconds: neurarium {a:.3f} (with the proof by removal), torch-pruning {b:.3f}")
 
 
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError("not done after 60 s")
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_hugging_face_models(name: str) -> None:
     pytest.importorskip("transformers")
@@ -73,6 +78,8 @@ def test_hugging_face_models(name: str) -> None:
     assert case.run(small).shape == before.shape and bool(case.run(small).isfinite().all())
     case.model.config.use_cache = False  # so that the peer meets no cache among the outputs
     began = time.perf_counter()
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(60)
     try:
         pruner = tp.pruner.MagnitudePruner(
             case.model, case.inputs[0], importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.3,
@@ -83,6 +90,8 @@ def test_hugging_face_models(name: str) -> None:
         outcome = "runs"
     except Exception as error:
         outcome = f"{type(error).__name__}: {str(error).splitlines()[0][:90] if str(error) else ''}"
+    finally:
+        signal.alarm(0)
     other = time.perf_counter() - began
     print(f"\n{name:6} neurarium: {len(graph.groups)} groups in {mine:.2f} s; torch-pruning, {other:.2f} s: {outcome}")
     assert mine < 20

@@ -14,7 +14,8 @@ for given inputs (an assignment problem, solved exactly). Then pairs of filters 
 
 Gradual pruning: at step t of the first T the sparsity is ``s (1 - (1 - t/T)^3)``, and the masks are drawn anew each `every` steps.
 
-*Source*: arXiv 2310.19509. *Departures*: the paper publishes neither the search nor the schedule; both are reconstructed, the search with
+*Source*: arXiv 2310.19509.
+*Departures*: the paper publishes neither the search nor the schedule; both are reconstructed, the search with
 exact assignments. A group of filters is 16 wide (a vector of AVX512; 4 or 8 elsewhere) at one input, with all taps of a kernel. Layers
 narrower than a group, the first convolution and grouped ones stay dense.
 

@@ -6,7 +6,8 @@ planner, and replaces those where a sparse form wins by :class:`SparseLinear` or
 product. The others become plain dense layers again, and ``result.plan`` says why.
 
 *Source*: arXiv 2306.16601 (constant blocks shaped like the vector instruction, fused epilogue); the 16 x 1 groups are those of arXiv
-2310.19509. *Departures*: activations keep their usual layout (tokens, features), so that any model can be taken; the transposition that
+2310.19509.
+*Departures*: activations keep their usual layout (tokens, features), so that any model can be taken; the transposition that
 the kernel wants is part of each product and of each measurement.
 
 What works on the result: ``state_dict`` (also into an empty shell, :func:`load_sparse`), pickle, deep copy, ``torch.save``, safetensors,

@@ -30,7 +30,6 @@ Rule = Callable[[Tensor, int], RangeFit]
 def run(trial: Trial) -> None:
     task = cifar(trial)
     images = task.train.x[: trial.scale(smoke=64, laptop=1024)]
-    bits = trial.scale(smoke=(2,), laptop=BITS)
     rules: dict[str, Rule] = {
         "requant": partial(estimate_range, power=None),
         "alpha_only": estimate_range,
@@ -48,7 +47,7 @@ def run(trial: Trial) -> None:
             arm.log(accuracy=accuracy(model, task))
             arm.log(reestimated=accuracy(reestimate_bn(apply_ranges(model, RangePlan({})), images), task))
             continue
-        levels = (8, 6, *bits) if arm.name == "requant" and trial.name != "smoke" else bits
+        levels = (8, 6, *BITS) if arm.name == "requant" else BITS
         searched = arm.name in ("requant", "alpha_only", "minmax")
         fitted, mse = [], []
         for b in levels:
@@ -140,7 +139,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     for (arm, label), colour in zip(names.items(), colours, strict=True):
         curves = record.curves(arm, "accuracy")
         x = -torch.tensor(curves[0][0])
-        values = 100 * torch.tensor([y for _, y in curves])
+        values = 100 * torch.stack([torch.as_tensor(y) for _, y in curves])
         spread = values.std(0) if len(values) > 1 else 0 * values[0]
         left.errorbar(x, values.mean(0), spread, label=label, color=colour, marker="o", markersize=4, capsize=2)
     left.set_xticks((-8, -6, -4, -3, -2), ("8", "6", "4", "3", "2"))
