@@ -18,7 +18,9 @@ lowered where it would be exceeded even if all later ones stayed whole. Both bou
 
 *Departures*: sizes of the networks and schedules are AMC's, since the paper names none; the bound from above is ours (with it the
 remaining cost equals the target to within one unit of the last groups); the steps are coupled groups of the channel graph, so heads and
-feed-forward units are steps too.
+feed-forward units are steps too; the critic learns the episode's reward itself, which at gamma 1 is what DDPG's targets stand for
+(``bootstrap=True`` gives those); the actor's gradient is taken at the nearest allowed action and not followed beyond a bound; and
+:meth:`~ConditionalPruner.plan` returns the best plan that was judged for a target unless ``best=False`` asks for the actor's own.
 
 *Cost*: an episode is one forward pass of the pruned model on the reward's samples and one or two milliseconds of DDPG a group.
 """
