@@ -131,7 +131,7 @@ def test_the_table_shows_refusals_with_their_reasons() -> None:
     assert text.endswith("- `a`, vgg: 0: no")
 
 
-def test_a_changed_input_or_a_silent_refusal_is_a_defect() -> None:
+def test_a_changed_input_an_idle_transform_or_a_silent_refusal_is_a_defect() -> None:
     def spoil(case: Subject) -> nn.Module:
         with torch.no_grad():
             next(case.model.parameters()).zero_()
@@ -140,6 +140,11 @@ def test_a_changed_input_or_a_silent_refusal_is_a_defect() -> None:
     def grumble(case: Subject) -> nn.Module:
         raise UnsupportedModel("no")
 
+    def idle(case: Subject) -> nn.Module:
+        return copy.deepcopy(case.model)
+
+    with pytest.raises(AssertionError, match="did nothing"):
+        attempt("x", idle, "mlp")
     with pytest.raises(AssertionError, match="changed its input"):
         attempt("x", spoil, "mlp")
     with pytest.raises(AssertionError, match="names no layer"):

@@ -1,8 +1,8 @@
 """The matrix of methods and architectures: each transform of a room tried on each of
 :data:`~neurarium.testing.architectures.ARCHITECTURES`.
 
-A cell is good if the transform leaves its input as it was and returns a module that gives a finite output of the old shape, or if it
-refuses and says which layer stands in its way. Anything else is a defect, and :func:`attempt` raises it.
+A cell is good if the transform leaves its input as it was and returns a module with another state that gives a finite output of the old
+shape, or if it refuses and says which layer stands in its way. Anything else is a defect, and :func:`attempt` raises it.
 
 A room takes part by dictionaries ``COVER`` (paper's id -> function of a
 :class:`~neurarium.testing.architectures.Subject`) in the modules of ``neurarium.testing.examples.ROOM``.
@@ -58,7 +58,8 @@ def attempt(paper: str, transform: Transform, architecture: str, seed: int = 0) 
     """Tries one transform on one fresh model.
 
     Raises:
-        AssertionError: the input was changed, the result has another output shape or is not finite, or a refusal names no layer.
+        AssertionError: the input was changed, the result is the input again, has another output shape or is not finite, or a refusal names
+            no layer.
     """
     case = subject(architecture, seed)
     before, shape = copy.deepcopy(case.model.state_dict()), case.run().shape
@@ -76,6 +77,9 @@ def attempt(paper: str, transform: Transform, architecture: str, seed: int = 0) 
     assert not changed, f"{paper} changed its input, {architecture}: {', '.join(changed[:3])}"
     if result is None:
         return Cell(paper, architecture, message)
+    made = result.state_dict()
+    same = made.keys() == before.keys() and all(made[k].shape == v.shape and torch.equal(made[k], v) for k, v in before.items())
+    assert not same, f"{paper} did nothing to {architecture} and did not say so"
     output = case.run(result)
     assert output.shape == shape, f"{paper} on {architecture}: output {tuple(output.shape)}, before {tuple(shape)}"
     assert bool(output.isfinite().all()), f"{paper} on {architecture}: the output is not finite"
