@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_training_ends_at_the_target_and_leaves_the_input_alone() -> None:
     assert not any(isinstance(m, (Gate, Gated)) for m in small.modules())
     assert not torch.equal(small[9].weight, model[9].weight[:, small.plan.kept["7"]])
     assert any(int((gate.weight <= 0).sum()) for gate in seen[0].gates)
+
+
+def test_the_optimizers_weight_decay_does_not_close_gates() -> None:
+    model, data = network()
+    weights: list[Tensor] = []
+    trainable_gate(
+        model, data, target=1.0, epochs=2, finetune=0, shape=torch.zeros_like, init=0.5,
+        optimizer=partial(torch.optim.SGD, weight_decay=0.5),
+        watch=lambda gated, _: weights.extend(gate.weight.detach().clone() for gate in gated.gates),
+    )  # fmt: skip
+    assert weights and all(torch.equal(w, torch.full_like(w, 0.5)) for w in weights)  # no gradient reached them either
 
 
 def test_heads_and_neurons_of_a_transformer() -> None:
