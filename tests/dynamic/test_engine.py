@@ -16,7 +16,7 @@ from neurarium.dynamic.gates import FEATURES, Entropy, LearnedGate, Patience, co
 from neurarium.dynamic.staged import best_chunk
 from neurarium.dynamic.train import CachedStages, cached, fit_policy, measure
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.testing.examples.dynamic import _batch
+from neurarium.testing.examples.dynamic.exits import _batch
 
 
 def test_backbone_costs_what_one_computes_by_hand():

@@ -5,10 +5,12 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`).
 """
 
-from neurarium.dynamic.backbones import BackboneS
+from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.cost import CostTable
+from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
+from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
@@ -20,16 +22,19 @@ __all__ = [
     "CachedStages",
     "CostTable",
     "Curve",
+    "Decoder",
     "EarlyExit",
     "Entropy",
     "ExitChain",
     "Family",
+    "FamilyPolicy",
     "LearnedGate",
     "Margin",
     "MaxProb",
     "Patience",
     "Policy",
     "Staged",
+    "VisionTransformerS",
     "fit_policy",
     "measure",
     "with_exits",

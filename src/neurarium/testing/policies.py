@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from neurarium.dynamic.exits import EarlyExit
+from neurarium.dynamic.family import FamilyPolicy
 from neurarium.errors import BadInput
 from neurarium.roles import Outcome
 from neurarium.testing.example import Example, Skipped
 from neurarium.testing.exits import check_policy
+from neurarium.testing.families import check_family
 from neurarium.testing.modules import build, feed, to_dtype
 from neurarium.testing.state import assert_same, close, unchanged_rng
 
@@ -134,9 +137,17 @@ def cuda(example: Example) -> None:
 def stops_early(example: Example) -> None:
     """A policy over stages keeps the stricter contract of :mod:`neurarium.testing.exits` (three modes of execution, thresholds, errors)."""
     policy, inputs = build(example).eval(), feed(example, 16)
-    if not (hasattr(policy, "costs") and hasattr(policy, "outputs") and len(inputs) == 1):
-        raise Skipped("the policy does not stop early along stages")
+    if not isinstance(policy, EarlyExit) or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise Skipped("the policy does not stop early along the stages of one tensor")
     check_policy(policy, inputs[0])
+
+
+def picks_a_configuration(example: Example) -> None:
+    """A policy over a family keeps the stricter contract of :mod:`neurarium.testing.families`."""
+    policy, inputs = build(example).eval(), feed(example, 6)
+    if not isinstance(policy, FamilyPolicy):
+        raise Skipped("the policy is not one over a family")
+    check_family(policy, *inputs)
 
 
 CHECKS = {
@@ -148,5 +159,6 @@ CHECKS = {
     "dtypes": dtypes,
     "deterministic": deterministic,
     "stops_early": stops_early,
+    "picks_a_configuration": picks_a_configuration,
     "cuda": cuda,
 }
