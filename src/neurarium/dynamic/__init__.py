@@ -5,6 +5,7 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`).
 """
 
+from neurarium.dynamic.attacks import pgd
 from neurarium.dynamic.backbones import BackboneS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.cost import CostTable
@@ -32,5 +33,6 @@ __all__ = [
     "Staged",
     "fit_policy",
     "measure",
+    "pgd",
     "with_exits",
 ]
