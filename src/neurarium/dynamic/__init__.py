@@ -13,11 +13,16 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
+from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transform, tsallis_entropy
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
+    "tsallis_entropy",
+    "mole_transform",
+    "auxiliary_loss",
+    "DynMoLE",
     "transfer",
     "slowdown",
     "early_attack",
