@@ -157,7 +157,8 @@ class Plan:
     """What the host interprets, as plain data.
 
     Attributes:
-        nodes: each a mapping with ``do``: ``call`` (``segment``, ``in``, ``out``, ``cost`` in FLOPs a row, ``next``), ``ask`` (``on``,
+        nodes: each a mapping with ``do``: ``call`` (``segment``, ``in``, ``out``, ``cost`` in FLOPs a row, ``next``), ``name`` (``out``,
+            ``in``, ``next``: the same value under another name), ``ask`` (``on``,
             ``tau``: the number of the threshold, or none if the value is true or false; ``yes``, ``no``), ``switch`` (``to``: by
             setting), ``return`` (``out``, ``choice``, ``score``, ``price``, ``more``); and with ``live``: the values needed from here on.
         inputs: names of the inputs.
@@ -194,6 +195,8 @@ class Plan:
                 case "call":
                     text = f"{', '.join(node['out'])} = segment_{node['segment']}({', '.join(node['in'])})"
                     text += f"    # {node['cost']:,} FLOPs a row" + ("" if node["next"] == i + 1 else f", then {node['next']}")
+                case "name":
+                    text = f"{', '.join(node['out'])} = {', '.join(node['in'])}" + ("" if node["next"] == i + 1 else f"    # then {node['next']}")
                 case "ask":
                     asked = node["on"] if node["tau"] is None else f"{node['on']} >= tau[{node['tau']}]"
                     text = f"if {asked}: go to {node['yes']}, else to {node['no']}"
@@ -288,8 +291,13 @@ class Builder:
                 kept.append(position)
             else:
                 given[position] = names[source] if kind == "input" else given[where[source]]
-        piece.gives, piece.takes = kept, [piece.takes[i] for i in used]
+        every, piece.gives, piece.takes = piece.takes, kept, [piece.takes[i] for i in used]
         inputs = [names[i] for i in used]
+        try:
+            with torch.no_grad(), evaluating(body):
+                piece(*(self.samples[v] for v in inputs))
+        except (AttributeError, TypeError):  # it asks for the shape of an input that it does not compute with
+            piece.takes, inputs = every, names
         if self.rows == "each" and any(len(self.samples[v]) != SAMPLE for v in inputs + fresh if self.samples[v].ndim):
             raise UnsupportedModel("puts out a tensor that is not batch-first", module=type(body).__name__)
         self.segments.append(piece)
@@ -371,7 +379,7 @@ def liveness(nodes: Sequence[Mapping[str, Any]]) -> list[set[str]]:
         for i in reversed(range(len(nodes))):
             node = nodes[i]
             match node["do"]:
-                case "call":
+                case "call" | "name":
                     now = live[node["next"]] - set(node["out"]) | set(node["in"])
                 case "ask":
                     now = {node["on"]} | live[node["yes"]] | live[node["no"]]

@@ -92,7 +92,7 @@ class Host:
             empty = [ops.nothing(*o) for o in plan["output"]]
             return {"output": empty, "cost": ops.numbers(0), "choice": ops.numbers(0), "score": None, "price": None}
         waiting = {0: [(ops.arange(n), ops.numbers(n), dict(zip(plan["inputs"], inputs)))]}
-        left = []
+        left, parted = [], False
         while waiting:
             at = min(waiting)  # a loop goes on until its last row has left, then all go on together
             node = plan["nodes"][at]
@@ -100,6 +100,9 @@ class Host:
             if node["do"] == "call":
                 values.update(zip(node["out"], self.call(node["segment"], [values[v] for v in node["in"]])))
                 ways = [(node["next"], rows, cost + node["cost"], values)]
+            elif node["do"] == "name":
+                values.update({to: values[of] for to, of in zip(node["out"], node["in"])})
+                ways = [(node["next"], rows, cost, values)]
             elif node["do"] == "switch":
                 ways = [(node["to"][str(setting)], rows, cost, values)]
             elif node["do"] == "ask":
@@ -107,6 +110,7 @@ class Host:
                 if plan["rows"] == "batch" or not len(yes) or not len(no):  # all go one way
                     ways = [(node["yes" if len(yes) else "no"], rows, cost, values)]
                 else:
+                    parted = True
                     ways = [(node[way], *self._some(node[way], index, rows, cost, values)) for way, index in (("yes", yes), ("no", no))]
             else:
                 left.append(self._leave(node, rows, cost, values))
@@ -114,7 +118,7 @@ class Host:
             for to, *group in ways:
                 waiting.setdefault(to, []).append(tuple(group))
         parts = [ops.join(p) if len(p) > 1 else p[0] for p in zip(*left) if p[0] is not None]
-        if len(left) > 1:
+        if parted:
             order = ops.order(parts[0])
             parts = [ops.take(p, order) for p in parts]
         named = dict(zip([name for name, p in zip(self._names(left[0]), left[0]) if p is not None], parts))
