@@ -7,6 +7,7 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 from neurarium.dynamic.attacks import pgd
 from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
 from neurarium.dynamic.budget import Curve
+from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
 from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
@@ -19,6 +20,7 @@ from neurarium.dynamic.train import CachedStages, fit_policy, measure
 __all__ = [
     "JEIDNN",
     "BackboneS",
+    "Builder",
     "CachedStages",
     "CostTable",
     "Curve",
@@ -32,11 +34,15 @@ __all__ = [
     "Margin",
     "MaxProb",
     "Patience",
+    "Plan",
     "Policy",
+    "Program",
     "Staged",
     "VisionTransformerS",
     "fit_policy",
+    "load_program",
     "measure",
     "pgd",
+    "split",
     "with_exits",
 ]
