@@ -2,9 +2,9 @@
 
 A dynamic network is a set of plain segments and a question asked between them. The answer is a path; output, cost, training loss and
 exported program are functions of the path. One engine runs paths (:mod:`~neurarium.dynamic.staged`), one meter prices them
-(:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`).
-"""
+(:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`)."""
 
+from neurarium.dynamic.attacks import pgd
 from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.cost import CostTable
@@ -37,5 +37,6 @@ __all__ = [
     "VisionTransformerS",
     "fit_policy",
     "measure",
+    "pgd",
     "with_exits",
 ]
