@@ -194,16 +194,16 @@ def run(trial: Trial) -> None:
                 model = student(b)
             zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=max(1, epochs // 2), lr=2e-3, seed=trial.seed)
         elif arm.name == "distilled":
-            model = trial.shared("distilled", lambda: distil(b))
+            model = trial.shared("distilled", lambda b=b: distil(b))
         elif arm.name == "stack":
-            model = apply("ffn", trial.shared("distilled", lambda: distil(b)), 0.5, loader)
+            model = apply("ffn", trial.shared("distilled", lambda b=b: distil(b)), 0.5, loader)
             model = apply("bits", b.tune(model), 8, loader)
         else:
             technique, level = VARIANTS[arm.name]
             if technique == "bits":  # after training, nothing is tuned: the reference is the model trained on
-                model = apply(technique, trial.shared("tuned", lambda: b.tune(copy.deepcopy(b.model))), level, loader)
+                model = apply(technique, trial.shared("tuned", lambda b=b: b.tune(copy.deepcopy(b.model))), level, loader)
             elif arm.name == "base":
-                model = trial.shared("tuned", lambda: b.tune(copy.deepcopy(b.model)))
+                model = trial.shared("tuned", lambda b=b: b.tune(copy.deepcopy(b.model)))
             else:
                 model = b.tune(apply(technique, b.model, level, loader))
         if arm.name == "unstructured":

@@ -37,8 +37,8 @@ TARGETS = (0.68, 0.51)  # four and three of six layers
 
 LABELS = {
     "depth": "sorted depths", "tokens": "fewer tokens, one cut", "pyramid": "fewer tokens, a pyramid",
-    "units": "heads and FFN units removed", "width": "sorted widths", "exits": "early exits, row by row", "experts": "units removed, frozen, expert adapters",
-    "bits": "4 bits (all FLOPs stay)",
+    "units": "heads and FFN units removed", "width": "sorted widths", "exits": "early exits, row by row",
+    "experts": "units removed, frozen, expert adapters", "bits": "4 bits (all FLOPs stay)",
 }  # fmt: skip
 
 
