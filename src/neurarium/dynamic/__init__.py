@@ -8,6 +8,7 @@ from neurarium.dynamic.attacks import pgd
 from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.cost import CostTable
+from neurarium.dynamic.coupling import make_elastic
 from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
@@ -42,6 +43,7 @@ __all__ = [
     "active",
     "extract",
     "fit_policy",
+    "make_elastic",
     "measure",
     "pgd",
     "with_exits",
