@@ -9,6 +9,7 @@ from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransf
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
 from neurarium.dynamic.cost import CostTable
+from neurarium.dynamic.coupling import make_elastic
 from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
@@ -47,6 +48,7 @@ __all__ = [
     "extract",
     "fit_policy",
     "load_program",
+    "make_elastic",
     "measure",
     "pgd",
     "split",

@@ -324,7 +324,7 @@ class ElasticNorm(Sliced):
         return F.batch_norm(x, mean, var, w, b, False, 0.0, self.eps)
 
     def _running(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.row < 0 or (self.training and self.statistics == "recalibrate" and not self.measuring):
+        if not 0 <= self.row < len(self.running_mean) or (self.training and self.statistics == "recalibrate" and not self.measuring):
             return None, None
         mean, var = self.part("running_mean"), self.part("running_var")
         assert mean is not None and var is not None
