@@ -17,6 +17,7 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "SortedFineTuning",
     "Staged",
     "VisionTransformerS",
     "active",
