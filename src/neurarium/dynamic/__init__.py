@@ -5,10 +5,12 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`)."""
 
 from neurarium.dynamic.attacks import pgd
-from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
+from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
+from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
 from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.decoder import Decoder
+from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
@@ -19,11 +21,15 @@ from neurarium.dynamic.train import CachedStages, fit_policy, measure
 __all__ = [
     "JEIDNN",
     "BackboneS",
+    "Builder",
     "CachedStages",
+    "Config",
     "CostTable",
     "Curve",
     "Decoder",
     "EarlyExit",
+    "ElasticBackbone",
+    "ElasticFamily",
     "Entropy",
     "ExitChain",
     "Family",
@@ -32,11 +38,17 @@ __all__ = [
     "Margin",
     "MaxProb",
     "Patience",
+    "Plan",
     "Policy",
+    "Program",
     "Staged",
     "VisionTransformerS",
+    "active",
+    "extract",
     "fit_policy",
+    "load_program",
     "measure",
     "pgd",
+    "split",
     "with_exits",
 ]
