@@ -4,7 +4,7 @@ A dynamic network is a set of plain segments and a question asked between them. 
 exported program are functions of the path. One engine runs paths (:mod:`~neurarium.dynamic.staged`), one meter prices them
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`)."""
 
-from neurarium.dynamic.attacks import pgd
+from neurarium.dynamic.attacks import early_attack, pgd, slowdown
 from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
@@ -17,6 +17,7 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -47,12 +48,16 @@ __all__ = [
     "Staged",
     "VisionTransformerS",
     "active",
+    "dynn_robustness",
+    "early_attack",
     "extract",
     "fit_policy",
     "load_program",
     "make_elastic",
     "measure",
     "pgd",
+    "slowdown",
     "split",
+    "transfer",
     "with_exits",
 ]
