@@ -4,17 +4,21 @@ A dynamic network is a set of plain segments and a question asked between them. 
 exported program are functions of the path. One engine runs paths (:mod:`~neurarium.dynamic.staged`), one meter prices them
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`)."""
 
-from neurarium.dynamic.attacks import pgd
-from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
+from neurarium.dynamic.attacks import early_attack, pgd, slowdown
+from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
 from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
 from neurarium.dynamic.cost import CostTable
+from neurarium.dynamic.coupling import make_elastic
 from neurarium.dynamic.decoder import Decoder
+from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.robustness import dynn_robustness, transfer
+from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -22,10 +26,13 @@ __all__ = [
     "BackboneS",
     "Builder",
     "CachedStages",
+    "Config",
     "CostTable",
     "Curve",
     "Decoder",
     "EarlyExit",
+    "ElasticBackbone",
+    "ElasticFamily",
     "Entropy",
     "ExitChain",
     "Family",
@@ -37,12 +44,20 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "SortedFineTuning",
     "Staged",
     "VisionTransformerS",
+    "active",
+    "dynn_robustness",
+    "early_attack",
+    "extract",
     "fit_policy",
     "load_program",
+    "make_elastic",
     "measure",
     "pgd",
+    "slowdown",
     "split",
+    "transfer",
     "with_exits",
 ]
