@@ -16,6 +16,8 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.slimmable import Slimmable
+from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "MaxProb",
     "Patience",
     "Policy",
+    "Slimmable",
+    "SortedNet",
     "Staged",
     "VisionTransformerS",
     "active",
