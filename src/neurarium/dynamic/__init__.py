@@ -18,6 +18,8 @@ from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patie
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.robustness import dynn_robustness, transfer
+from neurarium.dynamic.slimmable import Slimmable
+from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -44,7 +46,9 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "Slimmable",
     "SortedFineTuning",
+    "SortedNet",
     "Staged",
     "VisionTransformerS",
     "active",
