@@ -11,6 +11,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 from neurarium.data.characters import baybayin
 from neurarium.data.faces import FaceTask, synthetic_faces
 from neurarium.data.graphs import GraphTask, graph
+from neurarium.data.omics import ViewData, digit_views, multi_omics
 from neurarium.data.registry import SETS, available, get, where
 from neurarium.data.sequences import SeriesTask, arma, series
 from neurarium.data.sounds import AudioTask, audio
@@ -33,15 +34,18 @@ __all__ = [
     "TensorData",
     "TextTask",
     "Texts",
+    "ViewData",
     "arma",
     "audio",
     "available",
     "baybayin",
     "cache_dir",
+    "digit_views",
     "get",
     "graph",
     "images",
     "mirror_dir",
+    "multi_omics",
     "photos",
     "series",
     "stratified",
