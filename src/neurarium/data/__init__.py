@@ -11,6 +11,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 from neurarium.data.characters import baybayin
 from neurarium.data.faces import FaceTask, synthetic_faces
 from neurarium.data.graphs import GraphTask, graph
+from neurarium.data.poses import PoseTask, pose_sequences
 from neurarium.data.registry import SETS, available, get, where
 from neurarium.data.sequences import SeriesTask, arma, series
 from neurarium.data.sounds import AudioTask, audio
@@ -27,6 +28,7 @@ __all__ = [
     "FaceTask",
     "GraphTask",
     "ImageTask",
+    "PoseTask",
     "SeriesTask",
     "Source",
     "TabularTask",
@@ -43,6 +45,7 @@ __all__ = [
     "images",
     "mirror_dir",
     "photos",
+    "pose_sequences",
     "series",
     "stratified",
     "synthetic_faces",

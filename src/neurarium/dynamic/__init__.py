@@ -14,6 +14,8 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
+from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -34,9 +36,16 @@ __all__ = [
     "Patience",
     "Policy",
     "Staged",
+    "VideoPoseTransformer",
     "VisionTransformerS",
+    "dpc_knn",
     "fit_policy",
+    "hourglass",
+    "kept_frames",
     "measure",
+    "mpjpe",
     "pgd",
+    "pose_loss",
+    "prune_tokens",
     "with_exits",
 ]
