@@ -19,10 +19,12 @@ from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patie
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
+from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -57,17 +59,24 @@ __all__ = [
     "SortedNet",
     "Spread",
     "Staged",
+    "VideoPoseTransformer",
     "ViewStages",
     "VisionTransformerS",
     "active",
+    "dpc_knn",
     "dynn_robustness",
     "early_attack",
     "extract",
     "fit_policy",
+    "hourglass",
+    "kept_frames",
     "load_program",
     "make_elastic",
     "measure",
+    "mpjpe",
     "pgd",
+    "pose_loss",
+    "prune_tokens",
     "slowdown",
     "split",
     "transfer",
