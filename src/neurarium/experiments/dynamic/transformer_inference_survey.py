@@ -1,7 +1,8 @@
 """The algorithmic families of a survey on fast transformer inference, on one transformer, one task and one set of meters.
 
 A survey can only tabulate what papers report on different models. Here every technique starts from the same trained vision transformer,
-gets the same number of further training steps (the untouched model, too), and is measured by the same accuracy, counted FLOPs, stored
+gets the same number of further training steps (the untouched model, too; a smaller network that starts anew is trained as long as the
+large one was), and is measured by the same accuracy, counted FLOPs, stored
 bytes and seconds. Techniques come from two rooms: :func:`apply` is the whole glue.
 
 ``flops``, ``bytes``, ``time`` and ``time1`` (a batch of 64 and one row) are relative to the untouched model, whose runs are interleaved.
@@ -169,14 +170,14 @@ def run(trial: Trial) -> None:
         return VisionTransformerS(1, 20, 4, width=64, depth=depth, heads=4, mlp=2, classes=b.task.classes)
 
     def distil(b: Bench) -> nn.Module:
-        """The student gets the whole training set ``epochs // 2`` times; so does the one that has no teacher."""
+        """The student sees the training set as often as its teacher did; so does the one that has no teacher."""
         batches = b.task.train.batches(64, seed=trial.seed)
-        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=max(1, epochs // 2) * len(batches))
+        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=epochs * len(batches))
         with torch.random.fork_rng():
             torch.manual_seed(trial.seed)
             model = student(b)
         taught = SoftTargets(b.model, temperature=2.0, weight=0.5, optimizer=partial(AdamW, lr=2e-3), schedule=schedule)
-        taught.fit(model, batches, epochs=max(1, epochs // 2), seed=trial.seed)
+        taught.fit(model, batches, epochs=epochs, seed=trial.seed)
         return model.eval()
 
     for arm in trial.arms(*VARIANTS, "scratch", "distilled", "stack", "exits", "cache"):
@@ -192,7 +193,7 @@ def run(trial: Trial) -> None:
             with torch.random.fork_rng():
                 torch.manual_seed(trial.seed)
                 model = student(b)
-            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=max(1, epochs // 2), lr=2e-3, seed=trial.seed)
+            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
         elif arm.name == "distilled":
             model = trial.shared("distilled", lambda b=b: distil(b))
         elif arm.name == "stack":
