@@ -4,6 +4,7 @@ A dynamic network is a set of plain segments and a question asked between them. 
 exported program are functions of the path. One engine runs paths (:mod:`~neurarium.dynamic.staged`), one meter prices them
 (:mod:`~neurarium.dynamic.cost`), one calibration turns budgets into thresholds (:mod:`~neurarium.dynamic.budget`)."""
 
+from neurarium.dynamic.acquisition import SGUQ, ViewStages
 from neurarium.dynamic.attacks import early_attack, pgd, slowdown
 from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
@@ -14,22 +15,31 @@ from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
-from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
+from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience, Spread
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
+from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
+from neurarium.dynamic.slimmable import Slimmable
+from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
     "JEIDNN",
+    "SGUQ",
     "BackboneS",
     "Builder",
     "CachedStages",
     "Config",
     "CostTable",
+    "CrossAttentionLayer",
     "Curve",
     "Decoder",
+    "DistilledExit",
+    "DynPerceiver",
     "EarlyExit",
     "ElasticBackbone",
     "ElasticFamily",
@@ -44,18 +54,29 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "Slimmable",
     "SortedFineTuning",
+    "SortedNet",
+    "Spread",
     "Staged",
+    "VideoPoseTransformer",
+    "ViewStages",
     "VisionTransformerS",
     "active",
+    "dpc_knn",
     "dynn_robustness",
     "early_attack",
     "extract",
     "fit_policy",
+    "hourglass",
+    "kept_frames",
     "load_program",
     "make_elastic",
     "measure",
+    "mpjpe",
     "pgd",
+    "pose_loss",
+    "prune_tokens",
     "slowdown",
     "split",
     "transfer",

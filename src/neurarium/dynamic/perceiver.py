@@ -4,8 +4,8 @@ A classifier on an early feature map forces that map to be linearly separable, w
 tokens keep the classification apart from the features: before each convolutional stage they read the map by cross-attention and think it
 over by self-attention, and every pixel asks them for a hint. The early exits classify the tokens, so the map is left to the last exit.
 
-*Equations.* Map x (n, C_i, h, w) before stage i = 1..K, tokens Z (n, N_i, D_i), LN layer norm, CA(q, kv) = softmax(q Wq (kv Wk + b)^T / sqrt d)
-kv Wv Wo with one head and a learned b for each position of kv.
+*Equations.* Map x (n, C_i, h, w) before stage i = 1..K, tokens Z (n, N_i, D_i), LN layer norm, CA(q, kv) = softmax(q Wq (kv Wk + b)^T /
+sqrt d) kv Wv Wo with one head and, for reading, a learned b for each position of kv.
 
 - *read*: kv = pool(DW(x) + x), a depthwise 7x7 convolution and a pooled grid of positions; Z += CA(LN Z, LN kv); Z += MLP(LN Z).
 - *think*: pre-norm self-attention blocks on Z. Then the stage runs on x.
@@ -90,7 +90,11 @@ class DynPerceiver(nn.Module):
             raise BadInput(f"{depth} stages need {depth + 1} channel counts (before each stage and after the last), not {len(channels)}")
         if not blocks or not heads:
             raise BadInput("blocks and heads need at least one number each")
-        if min(latents, pool, out_pool, num_classes, *channels, *heads) < 1 or min(blocks) < 0 or (latent_dim or 1) < 1:
+        if (
+            min(latents, pool, out_pool, num_classes, *channels, *heads) < 1
+            or min(blocks) < 0
+            or (latent_dim is not None and latent_dim < 1)
+        ):
             raise BadInput("latents, latent_dim, pool, out_pool, num_classes, channels and heads must be positive, blocks not negative")
         blocks, heads = ([s[min(i, len(s) - 1)] for i in range(depth)] for s in (blocks, heads))
         first = channels[0] if latent_dim is None else latent_dim
@@ -191,7 +195,8 @@ class CrossAttentionLayer(nn.Module):
             raise BadInput(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.norm_q, self.norm_kv = nn.LayerNorm(dim), nn.LayerNorm(source)
-        self.q, self.k, self.v = nn.Linear(dim, width), nn.Linear(source, width), nn.Linear(source, width)
+        self.q, self.v = nn.Linear(dim, width), nn.Linear(source, width)
+        self.k = nn.Linear(source, width, bias=False)  # the softmax does not see a bias that all keys share
         self.bias = None if positions is None else nn.Parameter(torch.zeros(positions, width))
         self.out = nn.Linear(width, dim)
         self.mlp = _mlp(dim, mlp_ratio)
@@ -221,7 +226,8 @@ class _Block(nn.Module):
     def __init__(self, dim: int, heads: int, ratio: float) -> None:
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(dim)
-        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.v, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.k = nn.Linear(dim, dim, bias=False)
         self.mlp = _mlp(dim, ratio)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -315,7 +321,9 @@ class DistilledExit(EarlyExit):
         return distilled_loss(readouts, y, self.weights, self.distil, self.temperature)
 
 
-def distilled_loss(readouts: Sequence[Tensor], y: Tensor, weights: Sequence[float], distil: float = 0.5, temperature: float = 1.0) -> Tensor:
+def distilled_loss(
+    readouts: Sequence[Tensor], y: Tensor, weights: Sequence[float], distil: float = 0.5, temperature: float = 1.0
+) -> Tensor:
     """sum_k w_k CE(y_k) + a sum_{k<K} T^2 KL(p_K || p_k), p at temperature T and p_K a constant."""
     losses = [w * F.cross_entropy(out, y) for w, out in zip(weights, readouts)]
     if distil:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ARMS = ("sft", "soft", "sft_ict", "soft_own_heads", "alone")
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 2.0)
-RATE = 2e-3  # the best of 1, 2 and 4 e-3 for fine-tuning as usual, and for sorted fine-tuning too
+RATE = 8e-3  # the best of 1, 2, 4 and 8 e-3 for fine-tuning as usual, and for sorted fine-tuning too
 PRETRAINING_RATE = 8e-3
 ROWS = 12
 
