@@ -49,6 +49,7 @@ class Host:
     def __init__(self, plan, call, arrays=Arrays):
         self.plan, self.call, self.arrays = plan, call, arrays
         self.setting = plan["setting"]
+        self.taken = None  # a set here notes which way is taken at which question
 
     def choose(self, budget=None, threshold=None, config=None):
         """The setting that a budget (FLOPs a row), one threshold for all questions, or a configuration's number stands for."""
@@ -107,6 +108,8 @@ class Host:
                 ways = [(node["to"][str(setting)], rows, cost, values)]
             elif node["do"] == "ask":
                 yes, no = ops.part(values[node["on"]], None if node["tau"] is None else float(setting[node["tau"]]))
+                if self.taken is not None:
+                    self.taken.update((at, way) for way, some in (("yes", yes), ("no", no)) if len(some))
                 if plan["rows"] == "batch" or not len(yes) or not len(no):  # all go one way
                     ways = [(node["yes" if len(yes) else "no"], rows, cost, values)]
                 else:
@@ -181,7 +184,8 @@ def main(arguments):
     said = load().decide(*(np.load(path) for path in options.inputs), budget=options.budget)
     target = pathlib.Path(options.inputs[0]).with_suffix(".out.npy")
     np.save(target, said["output"][0])
-    print(f"{len(said['cost'])} rows to {target}; mean cost {np.mean(said['cost']):.0f} FLOPs; choices {np.bincount(said['choice'].ravel())}")
+    choices = dict(zip(*(v.tolist() for v in np.unique(said["choice"], return_counts=True))))
+    print(f"{len(said['cost'])} rows to {target}; mean cost {np.mean(said['cost']):.0f} FLOPs; rows by choice {choices}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ followed into; ``experts[i]`` with a computed i becomes a branch for each expert
 *What cannot be known is refused by line*: attributes that ``forward`` changes, writes into a tensor in place, calls for their side effects,
 ``try``, tensors read by Python inside a library call, loops that never come back to a known place.
 
-*Rows.* With ``rows="each"`` the answer of a branch must be one value a row; ``.item()``, ``.all()``, ``.any()``, ``bool()`` around it, which
-say the same for one row, are taken away. The program then does for each row of a batch what the module does for that row alone, and is run
-once against it before it is returned.
+*Rows.* With ``rows="each"`` the answer of a branch must be one value a row; ``.item()``, ``.all()``, ``.any()``, ``bool()`` around it,
+which say the same for one row, are taken away. The program then does for each row of a batch what the module does for that row alone, and
+is run once against it before it is returned.
 
 *Source.* Chen, Wei, Zhao, Wu, Yang, arXiv 2307.04963. *Departures.* See :mod:`neurarium.dynamic.compile`: the passes are reconstructed.
 Assertions are dropped.
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_dumps
 from torch.utils.flop_counter import FlopCounterMode
 
-from neurarium.dynamic.compile import Piece, Plan, Program, Rows, liveness, sample, wiring
+from neurarium.dynamic.compile import Piece, Plan, Program, Rows, liveness, sample
 from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.tree import rows as count
 from neurarium.dynamic.tree import take
@@ -51,7 +51,7 @@ NUMBERS = (bool, int, float)
 
 def from_source(module: nn.Module, example: Any, *, rows: Rows = "each") -> Program:
     """Cut a module at the branches of its source; see :func:`neurarium.dynamic.compile.split`."""
-    module = copy.deepcopy(module).eval().requires_grad_(False)
+    module = copy.deepcopy(module).eval()
     program = _Reader(module, sample(example) if rows == "each" else example, rows).read()
     _verify(module, program, example, rows)
     return program
@@ -267,7 +267,7 @@ class _Reader:
         return self.assemble()
 
     def function(self, function: Any, prefix: str) -> tuple[list[ast.stmt], list[tuple[str, Any]], bool]:
-        """Statements, arguments with defaults, and whether there is any branch or loop; its variables renamed so that none meets another's."""
+        """Statements, arguments with defaults, and whether anything branches; its variables renamed so that none meets another's."""
         function = inspect.unwrap(function)
         if (function, prefix) in self.functions:
             return self.functions[function, prefix]
@@ -296,8 +296,10 @@ class _Reader:
                 elif node.id in free:
                     node.id = self.bind(free[node.id], node.id)
         signature = inspect.signature(function).parameters.values()
-        made = tree.body, [(prefix + p.name, p.default) for p in signature], any(
-            isinstance(n, (ast.If, ast.While, ast.IfExp)) for n in ast.walk(tree)
+        made = (
+            tree.body,
+            [(prefix + p.name, p.default) for p in signature],
+            any(isinstance(n, (ast.If, ast.While, ast.IfExp)) for n in ast.walk(tree)),
         )
         self.functions[function, prefix] = made
         return made
@@ -511,7 +513,9 @@ class _Reader:
                 new = [_assign(first, stmt.value, stmt)]
                 new += [_assign(t, ast.Name(first.id, ast.Load()), stmt) for t in stmt.targets[1:] if isinstance(first, ast.Name)]
             case ast.Assign(targets=[ast.Tuple(elts=to)], value=ast.Tuple(elts=given)) if len(to) == len(given):
-                new = [_assign(f"_{i}", v, stmt) for i, v in enumerate(given)] + [_assign(t, _name(f"_{i}"), stmt) for i, t in enumerate(to)]
+                new = [_assign(f"_{i}", v, stmt) for i, v in enumerate(given)] + [
+                    _assign(t, _name(f"_{i}"), stmt) for i, t in enumerate(to)
+                ]
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[item])):
                 if name in env:
                     both = [ast.Starred(_name(name), ast.Load()), item]
@@ -520,7 +524,11 @@ class _Reader:
                 if not self.computed(called, env) and self.evaluate(called, env) in (torch.no_grad, torch.inference_mode):
                     new = stmt.body
             case ast.Assign(targets=[target], value=ast.IfExp() as choice) if self.computed(choice.test, env):
-                new = [ast.copy_location(ast.If(choice.test, [_assign(target, choice.body, stmt)], [_assign(target, choice.orelse, stmt)]), stmt)]
+                new = [
+                    ast.copy_location(
+                        ast.If(choice.test, [_assign(target, choice.body, stmt)], [_assign(target, choice.orelse, stmt)]), stmt
+                    )
+                ]
             case ast.Return(value=ast.IfExp() as choice) if self.computed(choice.test, env):
                 both_ways = [[ast.copy_location(ast.Return(v), stmt)] for v in (choice.body, choice.orelse)]
                 new = [ast.copy_location(ast.If(choice.test, *both_ways), stmt)]
@@ -565,7 +573,9 @@ class _Reader:
             match node:
                 case ast.Subscript(value=listed, slice=index) if self.computed(index, env) and not self.computed(listed, env):
                     found = self.evaluate(listed, env)
-                    if not isinstance(found, (nn.ModuleList, nn.Sequential, list, tuple)) or not all(isinstance(m, nn.Module) for m in found):
+                    if not isinstance(found, (nn.ModuleList, nn.Sequential, list, tuple)) or not all(
+                        isinstance(m, nn.Module) for m in found
+                    ):
                         continue
                     name = f"_which{depth}"
                     cases: list[ast.stmt] = []
@@ -632,7 +642,9 @@ class _Reader:
                 raise self.refuse("writes into a tensor in place, or unpacks with *: make a new tensor instead")
         if not self.computed(value, env):
             known = self.evaluate(value, env)
-            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(known)) or not any(isinstance(n, ast.Call) for n in ast.walk(value)):
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(known)) or not any(
+                isinstance(n, ast.Call) for n in ast.walk(value)
+            ):
                 self.store(target, Known(known), env)
                 return
         code = self.bound(value, env)
@@ -712,7 +724,7 @@ class _Reader:
         if answer.numel() != (self.n if self.rows == "each" else 1):
             hint = "; for one decision a batch say rows='batch'" if self.rows == "each" else ""
             raise self.refuse(
-                f"branches on a tensor of shape {tuple(answer.shape)}, not on one value {'a row' if self.rows == 'each' else 'a batch'}{hint}"
+                f"branches on a tensor of shape {tuple(answer.shape)}, not on one value a {'row' if self.rows == 'each' else 'batch'}{hint}"
             )
         region.code.append(_assign(ANSWER, code, test))
         region.end = "ask", self.go(yes, env), self.go(no, env)
@@ -793,7 +805,10 @@ class _Reader:
                 case ("return", result):
                     names = _leaves(RESULT, result) if plain is None else list(plain)
                     spec = treespec_dumps(tree_flatten(result)[1])
-                    kind = [(list(t.shape[1 if self.rows == "each" or t.ndim else 0 :]), str(t.dtype).removeprefix("torch.")) for t in tree_leaves(result)]
+                    kind = [
+                        (list(t.shape[1 if self.rows == "each" or t.ndim else 0 :]), str(t.dtype).removeprefix("torch."))
+                        for t in tree_leaves(result)
+                    ]
                     if structure not in (None, spec):
                         raise UnsupportedModel("returns results of different structure", module=type(self.module).__name__)
                     structure, output = spec, kind
@@ -813,8 +828,8 @@ class _Reader:
         for name, t in values:
             if self.rows == "each" and not (t.ndim and len(t) == self.n):
                 raise UnsupportedModel(
-                    f"the variable {name.split('.')[0]!r} of shape {tuple(t.shape)} does not have one entry a row; for one decision a batch "
-                    "say rows='batch'",
+                    f"the variable {name.split('.')[0]!r} of shape {tuple(t.shape)} does not have one entry a row; for one decision a "
+                    "batch say rows='batch'",
                     module=type(self.module).__name__,
                 )
 
@@ -827,7 +842,12 @@ class _Reader:
 
     def code(self, statements: list[ast.stmt], takes: list[str], gives: list[str]) -> Code:
         names = set().union(*(_loads(s) for s in statements))
-        used = {n.attr for s in statements for n in ast.walk(s) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"}
+        used = {
+            n.attr
+            for s in statements
+            for n in ast.walk(s)
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "self"
+        }
         lines = [f"def forward(self, {', '.join(takes)}):".replace(", )", ")")]
         lines += [f"    {line}" for s in statements for line in ast.unparse(ast.fix_missing_locations(s)).splitlines()]
         lines += [f"    return ({', '.join(gives)},)", ""]
@@ -907,7 +927,9 @@ def rename(region: Region) -> None:
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 node.id = alias.get(node.id, node.id)
         match stmt:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=source)) if name not in (ANSWER, RESULT) and not {name, source} & later:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=source)) if (
+                name not in (ANSWER, RESULT) and not {name, source} & later
+            ):
                 alias[name] = source
             case _:
                 code.append(stmt)
@@ -953,8 +975,7 @@ def _reach(regions: list[Region]) -> list[int]:
     seen = {0}
     stack: list[tuple[int, Iterator[int]]] = [(0, iter(reversed(_ways(regions[0]))))]
     while stack:
-        r, ways = stack[-1]
-        way = next(ways, None)
+        way = next(stack[-1][1], None)
         if way is None:
             done.append(stack.pop()[0])
         elif way not in seen:
@@ -1037,7 +1058,11 @@ class _Bind(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         names = _loads(node) if isinstance(node, ast.expr) else set()
-        if not isinstance(node, ast.expr) or isinstance(node, (ast.Constant, ast.Starred)) or isinstance(getattr(node, "ctx", None), ast.Store):
+        if (
+            not isinstance(node, ast.expr)
+            or isinstance(node, (ast.Constant, ast.Starred))
+            or isinstance(getattr(node, "ctx", None), ast.Store)
+        ):
             return super().visit(node)
         known = {n for n in names if isinstance(self.env.get(n), Known)}
         settled = names <= known | {n for n in names if n in self.reader.space and n not in self.env}
