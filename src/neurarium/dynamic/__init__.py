@@ -13,7 +13,9 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
+from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -31,12 +33,19 @@ __all__ = [
     "LearnedGate",
     "Margin",
     "MaxProb",
+    "MobileConfig",
+    "PatchedModel",
     "Patience",
     "Policy",
     "Staged",
     "VisionTransformerS",
     "fit_policy",
     "measure",
+    "mobile_net",
+    "patch_inference",
     "pgd",
+    "plan_memory",
+    "redistribute",
+    "search_schedule",
     "with_exits",
 ]
