@@ -17,7 +17,9 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience, Spread
 from neurarium.dynamic.jei import JEIDNN
+from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
@@ -50,6 +52,8 @@ __all__ = [
     "LearnedGate",
     "Margin",
     "MaxProb",
+    "MobileConfig",
+    "PatchedModel",
     "Patience",
     "Plan",
     "Policy",
@@ -73,10 +77,15 @@ __all__ = [
     "load_program",
     "make_elastic",
     "measure",
+    "mobile_net",
     "mpjpe",
+    "patch_inference",
     "pgd",
+    "plan_memory",
     "pose_loss",
     "prune_tokens",
+    "redistribute",
+    "search_schedule",
     "slowdown",
     "split",
     "transfer",
