@@ -17,6 +17,7 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience, Spread
 from neurarium.dynamic.jei import JEIDNN
+from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transform, tsallis_entropy
 from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
@@ -41,6 +42,7 @@ __all__ = [
     "Curve",
     "Decoder",
     "DistilledExit",
+    "DynMoLE",
     "DynPerceiver",
     "EarlyExit",
     "ElasticBackbone",
@@ -67,6 +69,7 @@ __all__ = [
     "ViewStages",
     "VisionTransformerS",
     "active",
+    "auxiliary_loss",
     "dpc_knn",
     "dynn_robustness",
     "early_attack",
@@ -78,6 +81,7 @@ __all__ = [
     "make_elastic",
     "measure",
     "mobile_net",
+    "mole_transform",
     "mpjpe",
     "patch_inference",
     "pgd",
@@ -89,5 +93,6 @@ __all__ = [
     "slowdown",
     "split",
     "transfer",
+    "tsallis_entropy",
     "with_exits",
 ]
