@@ -18,6 +18,7 @@ from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
+from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -43,12 +44,14 @@ __all__ = [
     "Slimmable",
     "SortedNet",
     "Staged",
+    "TIPS",
     "VisionTransformerS",
     "active",
     "extract",
     "fit_policy",
     "make_elastic",
     "measure",
+    "path_importance",
     "pgd",
     "with_exits",
 ]
