@@ -134,6 +134,7 @@ class TIPS(Slimmable):
         per_level: paths that are kept in each.
         temperature: of the draw inside a bin.
         accumulate: sub-networks a step, the largest and the smallest among them.
+        distil: share of the largest network's answers, beside the labels, in what the others learn.
         score: another importance of a config; by default TAP under :func:`path_importance`.
 
     ``configs`` are those that were kept, with the largest and the smallest. A budget needs ``calibrate`` on validation data.
@@ -148,6 +149,7 @@ class TIPS(Slimmable):
         per_level: int = 8,
         temperature: float = 0.5,
         accumulate: int = 4,
+        distil: float = 1.0,
         score: Callable[[Config], float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -164,7 +166,7 @@ class TIPS(Slimmable):
         sampler = Important(
             kept, [[score(c) for c in b] for b in kept], largest=ends[1], smallest=ends[0], n=accumulate - 2, temperature=temperature
         )
-        super().__init__(family, sampler=sampler, seed=seed)
+        super().__init__(family, sampler=sampler, distil=distil, seed=seed)
 
 
 def fill(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 RATES = {"tips": 5e-3, "inverse": 5e-3, "uniform": 1.2e-2, "sandwich": 5e-3, "manual": 5e-3}
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 LEVELS, PER_LEVEL, WATCHES = 5, 4, 5
+DISTIL = 0.5
 
 LABELS = {
     "tips": "TIPS", "uniform": "uniform", "sandwich": "sandwich (largest, smallest, two)", "manual": "four widths by hand",
@@ -119,20 +120,20 @@ def arm(name: str, family: ElasticFamily, cost: dict[Config, int], train: Tensor
     """How an arm trains, and the networks that it offers afterwards."""
     x = train.x[:1]
     if name == "tips":
-        policy: ElasticPolicy = TIPS(family, x, levels=LEVELS, per_level=PER_LEVEL, seed=seed)
+        policy: ElasticPolicy = TIPS(family, x, levels=LEVELS, per_level=PER_LEVEL, distil=DISTIL, seed=seed)
         return policy, policy.configs
     if name == "inverse":
         path, found = operations(family.model), chain(family)
-        policy = TIPS(family, x, levels=LEVELS, per_level=PER_LEVEL, score=lambda c: -found.score(path(c)), seed=seed)
+        policy = TIPS(family, x, levels=LEVELS, per_level=PER_LEVEL, distil=DISTIL, score=lambda c: -found.score(path(c)), seed=seed)
         return policy, policy.configs
     if name == "manual":
         family = ElasticFamily(family.model, [at(family.model, q) for q in QUARTERS], x)
-        return Slimmable(family, seed=seed), family.configs
+        return Slimmable(family, distil=DISTIL, seed=seed), family.configs
     draw = torch.rand(len(cost), generator=torch.Generator().manual_seed(seed)).tolist()
     some = fill(family.configs, list(cost.values()), dict(zip(family.configs, draw)).__getitem__, LEVELS, PER_LEVEL)
     offered = [*(c for b in some for c in b), family.configs[0], family.configs[-1]]
     if name == "sandwich":
-        return Slimmable(family, seed=seed), offered
+        return Slimmable(family, distil=DISTIL, seed=seed), offered
     return ElasticPolicy(family, Uniform(family.configs, 4), seed=seed), offered
 
 
