@@ -27,6 +27,7 @@ from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -65,6 +66,7 @@ __all__ = [
     "SortedNet",
     "Spread",
     "Staged",
+    "TIPS",
     "VideoPoseTransformer",
     "ViewStages",
     "VisionTransformerS",
@@ -84,6 +86,7 @@ __all__ = [
     "mole_transform",
     "mpjpe",
     "patch_inference",
+    "path_importance",
     "pgd",
     "plan_memory",
     "pose_loss",
