@@ -1,8 +1,8 @@
 """DyCL: compile what decides, by moving the decisions out of what is compiled.
 
-A compiler follows one path. Of a network that decides at run time it refuses to make a program, or it makes one that is wrong on every other
-path without saying so. :func:`split` cuts the network at its decisions into *segments* that only compute, and a *plan* that only decides:
-call a segment, ask, go on here or there, return. Any compiler takes a segment; a host program of plain Python, numpy and a few lines
+A compiler follows one path. Of a network that decides at run time it refuses to make a program, or it makes one that is wrong on every
+other path without saying so. :func:`split` cuts the network at its decisions into *segments* that only compute, and a *plan* that only
+decides: call a segment, ask, go on here or there, return. Any compiler takes a segment; a small host program of plain Python and numpy
 interprets the plan::
 
     program = split(policy, x)                 # segments and plan; runs like the policy
@@ -34,8 +34,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -89,7 +92,7 @@ def split(module: nn.Module, example: Any, *, rows: Rows = "each") -> Program:
         from neurarium.dynamic.rewrite import from_source
 
         return from_source(module, example, rows=rows)
-    module = copy.deepcopy(module).eval().requires_grad_(False)
+    module = copy.deepcopy(module).eval()
     if callable(own):
         return module.program(example)
     if isinstance(module, FamilyPolicy):
@@ -146,7 +149,7 @@ def from_family(policy: FamilyPolicy, example: Any, *, configs: Iterable[int] | 
     build.switch(chosen)
     for index in chosen:
         build.at(index)
-        alone = policy.family.extract(policy.configs[index]).eval().requires_grad_(False)
+        alone = policy.family.extract(policy.configs[index]).eval()
         build.leave(build.call(alone, build.inputs, cost=prices[index]), choice=index)
     menu = [{"cost": float(prices[i]), "setting": i} for i in front if i in chosen] if known else []
     return build.program(setting=policy.setting, menu=menu, settings=chosen)
@@ -157,7 +160,8 @@ class Plan:
     """What the host interprets, as plain data.
 
     Attributes:
-        nodes: each a mapping with ``do``: ``call`` (``segment``, ``in``, ``out``, ``cost`` in FLOPs a row, ``next``), ``ask`` (``on``,
+        nodes: each a mapping with ``do``: ``call`` (``segment``, ``in``, ``out``, ``cost`` in FLOPs a row, ``next``), ``name`` (``out``,
+            ``in``, ``next``: the same value under another name), ``ask`` (``on``,
             ``tau``: the number of the threshold, or none if the value is true or false; ``yes``, ``no``), ``switch`` (``to``: by
             setting), ``return`` (``out``, ``choice``, ``score``, ``price``, ``more``); and with ``live``: the values needed from here on.
         inputs: names of the inputs.
@@ -194,6 +198,10 @@ class Plan:
                 case "call":
                     text = f"{', '.join(node['out'])} = segment_{node['segment']}({', '.join(node['in'])})"
                     text += f"    # {node['cost']:,} FLOPs a row" + ("" if node["next"] == i + 1 else f", then {node['next']}")
+                case "name":
+                    text = f"{', '.join(node['out'])} = {', '.join(node['in'])}" + (
+                        "" if node["next"] == i + 1 else f"    # then {node['next']}"
+                    )
                 case "ask":
                     asked = node["on"] if node["tau"] is None else f"{node['on']} >= tau[{node['tau']}]"
                     text = f"if {asked}: go to {node['yes']}, else to {node['no']}"
@@ -244,8 +252,8 @@ class Builder:
             build.leave(build.call(self.second, state, cost=...), choice=1)
             return build.program(setting=[0.5], menu=[{"cost": c, "setting": [t]} for c, t in ...])
 
-    A module gets one argument (a nest of values) and must only compute: no ``.item()``, no Python branch on a tensor. ``choice``, ``score``,
-    ``price`` and ``more`` (FLOPs beside the sum of what was called) of a leaving row are numbers or names of values.
+    A module gets one argument (a nest of values) and must only compute: no ``.item()``, no Python branch on a tensor. ``choice``,
+    ``score``, ``price`` and ``more`` (FLOPs beside the sum of what was called) of a leaving row are numbers or names of values.
     """
 
     def __init__(self, example: Any, *, rows: Rows = "each") -> None:
@@ -288,8 +296,13 @@ class Builder:
                 kept.append(position)
             else:
                 given[position] = names[source] if kind == "input" else given[where[source]]
-        piece.gives, piece.takes = kept, [piece.takes[i] for i in used]
+        every, piece.gives, piece.takes = piece.takes, kept, [piece.takes[i] for i in used]
         inputs = [names[i] for i in used]
+        try:
+            with torch.no_grad(), evaluating(body):
+                piece(*(self.samples[v] for v in inputs))
+        except (AttributeError, TypeError):  # it asks for the shape of an input that it does not compute with
+            piece.takes, inputs = every, names
         if self.rows == "each" and any(len(self.samples[v]) != SAMPLE for v in inputs + fresh if self.samples[v].ndim):
             raise UnsupportedModel("puts out a tensor that is not batch-first", module=type(body).__name__)
         self.segments.append(piece)
@@ -371,7 +384,7 @@ def liveness(nodes: Sequence[Mapping[str, Any]]) -> list[set[str]]:
         for i in reversed(range(len(nodes))):
             node = nodes[i]
             match node["do"]:
-                case "call":
+                case "call" | "name":
                     now = live[node["next"]] - set(node["out"]) | set(node["in"])
                 case "ask":
                     now = {node["on"]} | live[node["yes"]] | live[node["no"]]
@@ -415,8 +428,8 @@ class _Host(Host):
 class Program(nn.Module):
     """Segments that only compute and a plan that only decides; runs like what it was split from.
 
-    ``decide`` and ``use`` are the policy's, with what the plan knows: budgets need a calibrated policy. ``segments`` holds the modules of the
-    present ``backend``.
+    ``decide`` and ``use`` are the policy's, with what the plan knows: budgets need a calibrated policy. ``segments`` holds the modules of
+    the present ``backend``.
     """
 
     def __init__(self, segments: Sequence[nn.Module], plan: Plan, examples: Sequence[tuple[Tensor, ...]] = (), backend: str = "eager"):
@@ -500,7 +513,8 @@ class Program(nn.Module):
                 __import__(package)
             except ImportError as error:
                 raise MissingExtra(package, "export") from error
-        return [_to_onnx(e, s) for e, s in zip(self.exported(), self.examples)]
+        with _quick_exporter():
+            return [_to_onnx(e, s) for e, s in zip(self.exported(), self.examples)]
 
     def host_source(self) -> str:
         """The host program of this plan: what ``save`` writes as ``host.py``."""
@@ -581,6 +595,32 @@ class _OnnxSegment(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OnnxSegment:
         return _OnnxSegment(self.binary)
+
+
+@contextmanager
+def _quick_exporter() -> Iterator[None]:
+    """The ONNX exporter without its remarks, and with its table of operators made once instead of once a segment."""
+    log = logging.getLogger("torch.onnx")
+    level, table, make = log.level, None, None
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry as table
+
+        make = table.__dict__["from_torchlib"]
+        made = make.__func__(table)
+        table.from_torchlib = classmethod(
+            lambda cls, *args, **kwargs: copy.copy(made) if not args and not kwargs else make.__func__(cls, *args, **kwargs)
+        )
+    except (ImportError, KeyError, AttributeError, TypeError):  # another version: slower, and as good
+        make = None
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+        if make is not None:
+            table.from_torchlib = make
 
 
 def _to_onnx(program: torch.export.ExportedProgram, example: tuple[Tensor, ...]) -> bytes:

@@ -24,16 +24,17 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.decoder import Attention
+from neurarium.dynamic.tree import repeat
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import device_of, to
 from neurarium.roles import Loader
@@ -52,6 +53,7 @@ __all__ = [
     "at",
     "declare",
     "extract",
+    "flops",
     "full",
     "grid",
     "recalibrate",
@@ -324,7 +326,7 @@ class ElasticNorm(Sliced):
         return F.batch_norm(x, mean, var, w, b, False, 0.0, self.eps)
 
     def _running(self) -> tuple[Tensor | None, Tensor | None]:
-        if self.row < 0 or (self.training and self.statistics == "recalibrate" and not self.measuring):
+        if not 0 <= self.row < len(self.running_mean) or (self.training and self.statistics == "recalibrate" and not self.measuring):
             return None, None
         mean, var = self.part("running_mean"), self.part("running_var")
         assert mean is not None and var is not None
@@ -607,14 +609,7 @@ class ElasticFamily(nn.Module):
         norms = [m for m in model.modules() if isinstance(m, ElasticNorm) and m.batch]
         if any(m.statistics == "config" for m in norms):
             declare(model, configs)
-        with evaluating(model):
-            for m in norms:
-                m.measuring = True  # prices need no statistics
-            try:
-                price = {c: CostTable.measure([partial(self.run, config=c)], example).full for c in configs}
-            finally:
-                for m in norms:
-                    m.measuring = False
+        price = dict(zip(configs, flops(model, configs, example)))
         self.configs = tuple(sorted(configs, key=lambda c: (price[c], sum(c.key), c.key)))
 
     def run(self, x: Any, config: Config) -> Tensor:
@@ -627,6 +622,63 @@ class ElasticFamily(nn.Module):
 
     def extract(self, config: Config) -> nn.Module:
         return extract(self.model, config)
+
+
+def flops(model: nn.Module, configs: Sequence[Config], example: Any) -> list[int]:
+    """FLOPs a row of each config.
+
+    One pass over everything tells what each elastic layer costs, of which a config takes the share of the weights in its slice. That is
+    checked on the smallest, the middle and the largest; where it is not so (attention, layers used in other ways) each config is measured.
+    """
+    slices = [m for m in model.modules() if isinstance(m, Sliced)]
+    norms = [m for m in slices if isinstance(m, ElasticNorm) and m.batch]
+    blocks = {id(m): (i, k) for i, d in enumerate(slots(model)[1]) for k, b in enumerate(d._modules.values()) for m in b.modules()}
+    spent, full_size = {id(m): 0 for m in slices}, {id(m): _numbers(m) for m in slices}
+
+    def measured(config: Config) -> int:
+        with active(model, config):
+            return CostTable.measure([model], example).full
+
+    def share(config: Config) -> int:
+        total = whole - sum(spent.values())
+        with active(model, config):
+            for m in slices:
+                i, k = blocks.get(id(m), (0, -1))
+                if k < 0 or k < config.depths[i]:
+                    total += spent[id(m)] * _numbers(m) // full_size[id(m)]
+        return total
+
+    with evaluating(model):
+        for m in norms:
+            m.measuring = True  # prices need no statistics
+        try:
+            whole = measured(full(model))
+            with active(model, full(model)), FlopCounterMode(display=False) as counter, torch.inference_mode():
+                before: list[int] = []
+                handles = [m.register_forward_pre_hook(lambda *_: before.append(counter.get_total_flops())) for m in slices]
+
+                def after(m: nn.Module, *_: Any) -> None:
+                    spent[id(m)] += counter.get_total_flops() - before.pop()
+
+                handles += [m.register_forward_hook(after) for m in slices]
+                try:
+                    model(repeat(example, 1))
+                finally:
+                    for handle in handles:
+                        handle.remove()
+            prices = [share(c) for c in configs]
+            order = sorted(range(len(configs)), key=lambda i: configs[i].key)
+            if any(prices[i] != measured(configs[i]) for i in {order[0], order[len(order) // 2], order[-1]}):
+                prices = [measured(c) for c in configs]
+        finally:
+            for m in norms:
+                m.measuring = False
+    return prices
+
+
+def _numbers(module: Sliced) -> int:
+    weight = module.part("weight")
+    return 1 if weight is None else weight.numel()
 
 
 def units(model: nn.Module, width: Width) -> Tensor:

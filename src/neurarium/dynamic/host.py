@@ -49,6 +49,7 @@ class Host:
     def __init__(self, plan, call, arrays=Arrays):
         self.plan, self.call, self.arrays = plan, call, arrays
         self.setting = plan["setting"]
+        self.taken = None  # a set here notes which way is taken at which question
 
     def choose(self, budget=None, threshold=None, config=None):
         """The setting that a budget (FLOPs a row), one threshold for all questions, or a configuration's number stands for."""
@@ -92,7 +93,7 @@ class Host:
             empty = [ops.nothing(*o) for o in plan["output"]]
             return {"output": empty, "cost": ops.numbers(0), "choice": ops.numbers(0), "score": None, "price": None}
         waiting = {0: [(ops.arange(n), ops.numbers(n), dict(zip(plan["inputs"], inputs)))]}
-        left = []
+        left, parted = [], False
         while waiting:
             at = min(waiting)  # a loop goes on until its last row has left, then all go on together
             node = plan["nodes"][at]
@@ -100,13 +101,19 @@ class Host:
             if node["do"] == "call":
                 values.update(zip(node["out"], self.call(node["segment"], [values[v] for v in node["in"]])))
                 ways = [(node["next"], rows, cost + node["cost"], values)]
+            elif node["do"] == "name":
+                values.update({to: values[of] for to, of in zip(node["out"], node["in"])})
+                ways = [(node["next"], rows, cost, values)]
             elif node["do"] == "switch":
                 ways = [(node["to"][str(setting)], rows, cost, values)]
             elif node["do"] == "ask":
                 yes, no = ops.part(values[node["on"]], None if node["tau"] is None else float(setting[node["tau"]]))
+                if self.taken is not None:
+                    self.taken.update((at, way) for way, some in (("yes", yes), ("no", no)) if len(some))
                 if plan["rows"] == "batch" or not len(yes) or not len(no):  # all go one way
                     ways = [(node["yes" if len(yes) else "no"], rows, cost, values)]
                 else:
+                    parted = True
                     ways = [(node[way], *self._some(node[way], index, rows, cost, values)) for way, index in (("yes", yes), ("no", no))]
             else:
                 left.append(self._leave(node, rows, cost, values))
@@ -114,7 +121,7 @@ class Host:
             for to, *group in ways:
                 waiting.setdefault(to, []).append(tuple(group))
         parts = [ops.join(p) if len(p) > 1 else p[0] for p in zip(*left) if p[0] is not None]
-        if len(left) > 1:
+        if parted:
             order = ops.order(parts[0])
             parts = [ops.take(p, order) for p in parts]
         named = dict(zip([name for name, p in zip(self._names(left[0]), left[0]) if p is not None], parts))
@@ -177,7 +184,8 @@ def main(arguments):
     said = load().decide(*(np.load(path) for path in options.inputs), budget=options.budget)
     target = pathlib.Path(options.inputs[0]).with_suffix(".out.npy")
     np.save(target, said["output"][0])
-    print(f"{len(said['cost'])} rows to {target}; mean cost {np.mean(said['cost']):.0f} FLOPs; choices {np.bincount(said['choice'].ravel())}")
+    choices = dict(zip(*(v.tolist() for v in np.unique(said["choice"], return_counts=True))))
+    print(f"{len(said['cost'])} rows to {target}; mean cost {np.mean(said['cost']):.0f} FLOPs; rows by choice {choices}")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class Parts:
         """Write the keys and values that these layers make of ``h``, each as if ``h`` were its input, and run nothing else."""
         for i in layers:
             attention, x = self.layers[i].attention, self.layers[i].attention_norm(h)
-            cache.write(i, *(m(x).unflatten(2, (attention.heads, -1)).transpose(1, 2) for m in (attention.k, attention.v)))
+            cache.write(i, *(m(x).unflatten(2, (attention.heads, attention.head_dim)).transpose(1, 2) for m in (attention.k, attention.v)))
 
     def shortened(self, depth: int) -> nn.Module:
         """A copy of the model with its first layers alone."""

@@ -277,8 +277,9 @@ class SortedFineTuning(EarlyExit):
         key = "generate", time, length, tuple(p.shape for p in self.parameters())
         if key not in self._tables:
             with evaluating(self), torch.inference_mode():
-                first, last = self._counted(1, time), self._counted(1, length)
-                self._tables[key] = _Prices(self._counted(time, 0), first, last, max(1, length - time))  # type: ignore[assignment]
+                prompt = self._counted(time, 0)
+                first, last = (self._counted(1, past) if time < length else prompt for past in (time, length - 1))
+                self._tables[key] = _Prices(prompt, first, last, max(1, length - 1 - time))  # type: ignore[assignment]
         return self._tables[key]  # type: ignore[return-value]
 
     def _counted(self, time: int, past: int) -> Tensor:

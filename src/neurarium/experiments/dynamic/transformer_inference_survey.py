@@ -1,7 +1,8 @@
 """The algorithmic families of a survey on fast transformer inference, on one transformer, one task and one set of meters.
 
 A survey can only tabulate what papers report on different models. Here every technique starts from the same trained vision transformer,
-gets the same number of further training steps (the untouched model, too), and is measured by the same accuracy, counted FLOPs, stored
+gets the same number of further training steps (the untouched model, too; a smaller network that starts anew is trained as long as the
+large one was), and is measured by the same accuracy, counted FLOPs, stored
 bytes and seconds. Techniques come from two rooms: :func:`apply` is the whole glue.
 
 ``flops``, ``bytes``, ``time`` and ``time1`` (a batch of 64 and one row) are relative to the untouched model, whose runs are interleaved.
@@ -35,8 +36,7 @@ from neurarium.data import ImageTask, TensorData
 from neurarium.dynamic.backbones import VisionTransformerS
 from neurarium.dynamic.decoder import Decoder, DecoderLayer
 from neurarium.dynamic.exits import EarlyExit, with_exits
-
-keep_tokens = None
+from neurarium.dynamic.tokens import prune_tokens
 from neurarium.dynamic.train import fit_policy, measure
 from neurarium.errors import BadInput
 from neurarium.experiments.dynamic import zoo
@@ -74,18 +74,38 @@ LABELS = {
 }  # fmt: skip
 
 
+EPOCHS = {"smoke": 1, "laptop": 6}
+
+
 @dataclass(frozen=True)
 class Bench:
     """The trained transformer, and what to tune and judge with."""
 
     model: VisionTransformerS
     task: ImageTask
-    tuning: TensorData
+    tuning: TensorData  # half of the training images
+    held_out: TensorData  # training images that nothing is tuned on, for thresholds and scores
     seed: int
 
     def tune(self, model: nn.Module, *, epochs: int = 1, lr: float = 1e-3) -> nn.Module:
         """The further training that every technique gets."""
         return zoo.train(model, self.tuning.batches(64, seed=self.seed), epochs=epochs, lr=lr, seed=self.seed)
+
+
+def prepare(trial: Trial) -> Bench:
+    """Data, and the transformer trained on it."""
+    epochs, (train, test) = EPOCHS[trial.name], trial.scale(smoke=(300, 200), laptop=(6000, 4000))
+    task = zoo.mnist(trial, train=train, test=test, size=20)
+
+    def fit(model: nn.Module) -> None:
+        zoo.train(model, task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
+
+    def make() -> nn.Module:
+        return VisionTransformerS(1, 20, 4, width=64, depth=6, heads=4, mlp=2, classes=task.classes)
+
+    model = zoo.trained("vit", trial, make, fit, sum=float(task.train.x.double().sum()), epochs=epochs)
+    half, last = train // 2, train - train // 6
+    return Bench(model, task, *(TensorData(task.train.x[i], task.train.y[i]) for i in (slice(0, half), slice(last, None))), trial.seed)
 
 
 def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> nn.Module:
@@ -118,7 +138,7 @@ def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> n
         return result
     if technique == "lowrank":
         return apply_ranks(model, plan_svd(model, keep=level, modules=(nn.Linear,)))
-    return keep_tokens(model, keep=level, at=2)
+    return prune_tokens(model, keep=max(1, round(level * len(model.embed.position))), at=1)
 
 
 def _fewer_units(model: nn.Module, kind: str, level: float, loader: Any) -> nn.Module:
@@ -141,34 +161,23 @@ def _fewer_units(model: nn.Module, kind: str, level: float, loader: Any) -> nn.M
 
 
 def run(trial: Trial) -> None:
-    epochs, train, test = trial.scale(smoke=(1, 300, 200), laptop=(6, 6000, 4000))
+    epochs = EPOCHS[trial.name]
 
     def bench() -> Bench:
-        def prepare() -> Bench:
-            task = zoo.mnist(trial, train=train, test=test, size=20)
-
-            def fit(model: nn.Module) -> None:
-                zoo.train(model, task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
-
-            make = partial(VisionTransformerS, 1, 20, 4, width=64, depth=6, heads=4, mlp=2, classes=task.classes)
-            seen = {"sum": float(task.train.x.double().sum()), "epochs": epochs}
-            model = zoo.trained("vit", trial, make, fit, **seen)
-            return Bench(model, task, TensorData(task.train.x[: train // 2], task.train.y[: train // 2]), trial.seed)
-
-        return trial.shared("bench", prepare)
+        return trial.shared("bench", lambda: prepare(trial))
 
     def student(b: Bench, depth: int = 3) -> VisionTransformerS:
         return VisionTransformerS(1, 20, 4, width=64, depth=depth, heads=4, mlp=2, classes=b.task.classes)
 
     def distil(b: Bench) -> nn.Module:
-        """The student gets the whole training set ``epochs // 2`` times; so does the one that has no teacher."""
+        """The student sees the training set as often as its teacher did; so does the one that has no teacher."""
         batches = b.task.train.batches(64, seed=trial.seed)
-        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=max(1, epochs // 2) * len(batches))
+        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=epochs * len(batches))
         with torch.random.fork_rng():
             torch.manual_seed(trial.seed)
             model = student(b)
         taught = SoftTargets(b.model, temperature=2.0, weight=0.5, optimizer=partial(AdamW, lr=2e-3), schedule=schedule)
-        taught.fit(model, batches, epochs=max(1, epochs // 2), seed=trial.seed)
+        taught.fit(model, batches, epochs=epochs, seed=trial.seed)
         return model.eval()
 
     for arm in trial.arms(*VARIANTS, "scratch", "distilled", "stack", "exits", "cache"):
@@ -184,18 +193,18 @@ def run(trial: Trial) -> None:
             with torch.random.fork_rng():
                 torch.manual_seed(trial.seed)
                 model = student(b)
-            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=max(1, epochs // 2), lr=2e-3, seed=trial.seed)
+            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
         elif arm.name == "distilled":
-            model = trial.shared("distilled", lambda: distil(b))
+            model = trial.shared("distilled", lambda b=b: distil(b))
         elif arm.name == "stack":
-            model = apply("ffn", trial.shared("distilled", lambda: distil(b)), 0.5, loader)
+            model = apply("ffn", trial.shared("distilled", lambda b=b: distil(b)), 0.5, loader)
             model = apply("bits", b.tune(model), 8, loader)
         else:
             technique, level = VARIANTS[arm.name]
             if technique == "bits":  # after training, nothing is tuned: the reference is the model trained on
-                model = apply(technique, trial.shared("tuned", lambda: b.tune(copy.deepcopy(b.model))), level, loader)
+                model = apply(technique, trial.shared("tuned", lambda b=b: b.tune(copy.deepcopy(b.model))), level, loader)
             elif arm.name == "base":
-                model = trial.shared("tuned", lambda: b.tune(copy.deepcopy(b.model)))
+                model = trial.shared("tuned", lambda b=b: b.tune(copy.deepcopy(b.model)))
             else:
                 model = b.tune(apply(technique, b.model, level, loader))
         if arm.name == "unstructured":
@@ -219,7 +228,7 @@ def judge_exits(arm: Any, b: Bench) -> None:
     batches = b.tuning.batches(64, seed=b.seed)
     schedule = partial(OneCycleLR, max_lr=1e-3, total_steps=len(batches))
     fit_policy(policy, batches, epochs=1, optimizer=partial(AdamW, lr=1e-3), schedule=schedule, seed=b.seed)
-    policy.eval().calibrate(TensorData(b.task.train.x[-1000:], b.task.train.y[-1000:]).batches(500, shuffle=False))
+    policy.eval().calibrate(b.held_out.batches(500, shuffle=False))
     policy.use(x, budget=0.5 * policy.costs(x).full)
     found = measure(policy, b.task.test.batches(500, shuffle=False))
     arm.log(accuracy=found["accuracy"], flops=found["cost"] / meter.flops(b.model, x[:1]))
