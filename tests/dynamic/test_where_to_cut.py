@@ -8,6 +8,7 @@ import torch
 from neurarium import meter
 from neurarium.data import ImageTask, TensorData
 from neurarium.dynamic.backbones import VisionTransformerS
+from neurarium.errors import BadInput
 from neurarium.experiments.dynamic import where_to_cut
 from neurarium.experiments.dynamic.transformer_inference_survey import Bench
 
@@ -17,7 +18,7 @@ def bench():
     g = torch.Generator().manual_seed(0)
     part = TensorData(torch.randn(80, 1, 8, 8, generator=g), torch.arange(80) % 4)
     torch.manual_seed(0)
-    model = VisionTransformerS(1, 8, 2, width=16, depth=4, heads=2, mlp=2, classes=4).eval()
+    model = VisionTransformerS(1, 8, 2, width=48, depth=4, heads=4, mlp=2, classes=4).eval()
     return Bench(model, ImageTask("noise", part, part, 4, ""), part, part, 0)
 
 
@@ -40,3 +41,5 @@ def test_bisection_finds_the_largest_network_that_fits():
 
     found = where_to_cut.within(make, 20 * 37, torch.randn(1, 10))
     assert 36 <= found.out_features <= 37
+    with pytest.raises(BadInput):
+        where_to_cut.within(make, 10, torch.randn(1, 10))

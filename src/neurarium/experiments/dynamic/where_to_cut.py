@@ -27,6 +27,7 @@ from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.tokens import prune_tokens
 from neurarium.dynamic.train import fit_policy, measure
+from neurarium.errors import BadInput
 from neurarium.experiments.dynamic.transformer_inference_survey import Bench, apply, prepare, rank_units, relative_time, remove_units, right
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ Cut = tuple[float, float, nn.Module]  # accuracy, share of the FLOPs, what was m
 def within(make: Callable[[float], nn.Module], flops: float, x: Any) -> nn.Module:
     """The network of the largest level in (0, 1] that costs at most ``flops`` a row, found by bisection."""
     low, high, best = 0.0, 1.0, make(0.02)
+    if meter.flops(best, x[:1]) > flops:
+        raise BadInput(f"not even the smallest network stays within {flops:.0f} FLOPs")
     for _ in range(9):
         middle = (low + high) / 2
         model = make(middle)
