@@ -1087,6 +1087,8 @@ class _Bind(ast.NodeTransformer):
         match node:
             case ast.Call(func=ast.Attribute(value=inner, attr="item"), args=[]):
                 return inner
+            case ast.Call(args=[inner], keywords=[]) if plain is len and self.is_tensor(inner):
+                return ast.Subscript(ast.Attribute(inner, "shape", ast.Load()), ast.Constant(0), ast.Load())
             case ast.Call(args=[inner], keywords=[]) if plain in (float, int, bool) and self.is_tensor(inner):
                 kind = {int: "long", bool: "bool"}.get(plain)
                 return inner if kind is None else ast.Call(ast.Attribute(inner, kind, ast.Load()), [], [])
