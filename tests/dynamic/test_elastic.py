@@ -25,6 +25,7 @@ from neurarium.dynamic.elastic import (
     at,
     declare,
     extract,
+    flops,
     full,
     grid,
     recalibrate,
@@ -272,3 +273,13 @@ def test_a_family_is_sorted_by_what_it_costs():
     assert prices == sorted(prices) and family.configs[-1] == full(model)
     with pytest.raises(UnsupportedModel, match="no elastic layer"):
         ElasticFamily(nn.Linear(2, 2), [Config()], x)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(small, (2, 1, 9, 9)), (lambda: small(norm="batch"), (2, 1, 9, 9)), (transformer, (2, 6, 5))])
+def test_prices_from_one_pass_are_the_measured_ones(make, shape):
+    model, x = make(), torch.randn(shape)
+    configs = grid(model, (0.25, 0.6, 1.0), together=True)
+    prices = flops(model, configs, x)
+    recalibrate(model, [(torch.randn(4, *shape[1:]), None)], configs)
+    for config, price in zip(configs, prices):
+        assert CostTable.measure([extract(model, config)], x).full == price

@@ -17,13 +17,17 @@ from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience, Spread
 from neurarium.dynamic.jei import JEIDNN
+from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transform, tsallis_entropy
+from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -39,6 +43,7 @@ __all__ = [
     "Curve",
     "Decoder",
     "DistilledExit",
+    "DynMoLE",
     "DynPerceiver",
     "EarlyExit",
     "ElasticBackbone",
@@ -50,6 +55,8 @@ __all__ = [
     "LearnedGate",
     "Margin",
     "MaxProb",
+    "MobileConfig",
+    "PatchedModel",
     "Patience",
     "Plan",
     "Policy",
@@ -59,10 +66,12 @@ __all__ = [
     "SortedNet",
     "Spread",
     "Staged",
+    "TIPS",
     "VideoPoseTransformer",
     "ViewStages",
     "VisionTransformerS",
     "active",
+    "auxiliary_loss",
     "dpc_knn",
     "dynn_robustness",
     "early_attack",
@@ -73,12 +82,20 @@ __all__ = [
     "load_program",
     "make_elastic",
     "measure",
+    "mobile_net",
+    "mole_transform",
     "mpjpe",
+    "patch_inference",
+    "path_importance",
     "pgd",
+    "plan_memory",
     "pose_loss",
     "prune_tokens",
+    "redistribute",
+    "search_schedule",
     "slowdown",
     "split",
     "transfer",
+    "tsallis_entropy",
     "with_exits",
 ]

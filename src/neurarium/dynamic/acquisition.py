@@ -45,7 +45,7 @@ from torch.optim import Adam
 from neurarium.dynamic.budget import Curve, calibrate
 from neurarium.dynamic.cost import evaluating
 from neurarium.dynamic.exits import EarlyExit, check_labels
-from neurarium.dynamic.gates import Gate, Spread
+from neurarium.dynamic.gates import Gate, Spread, votes
 from neurarium.dynamic.outcome import Mode, Outcome
 from neurarium.dynamic.staged import dense, step
 from neurarium.errors import BadInput
@@ -61,8 +61,7 @@ def vote(members: Tensor) -> Tensor:
     """Log-probabilities ``(n, classes)`` of an ensemble's logits ``(n, members, classes)``: the majority's answer wins, among equals the
     one of largest mean probability. p_c = (votes for c + mean probability of c) / (members + 1)."""
     p = members.softmax(-1)
-    votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(1)
-    share = (votes + p.mean(1)) / (members.shape[1] + 1)
+    share = (votes(p) + p.mean(1)) / (members.shape[1] + 1)
     return share.clamp(min=torch.finfo(p.dtype).tiny).log()
 
 

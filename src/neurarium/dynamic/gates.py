@@ -17,7 +17,19 @@ from torch.nn import functional as F
 
 from neurarium.errors import BadInput
 
-__all__ = ["FEATURES", "Entropy", "Gate", "LearnedGate", "Margin", "MaxProb", "Patience", "Spread", "confidence", "exit_probabilities"]
+__all__ = [
+    "FEATURES",
+    "Entropy",
+    "Gate",
+    "LearnedGate",
+    "Margin",
+    "MaxProb",
+    "Patience",
+    "Spread",
+    "confidence",
+    "exit_probabilities",
+    "votes",
+]
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -127,6 +139,11 @@ class LearnedGate(Gate):
         return f"exits={len(self.bias)}, features={self.features}"
 
 
+def votes(p: Tensor) -> Tensor:
+    """How many members name each class, ``(n, members, classes) -> (n, classes)``."""
+    return (p.argmax(-1, keepdim=True) == torch.arange(p.shape[-1], device=p.device)).to(p.dtype).sum(1)
+
+
 class Spread(Gate):
     """How well an ensemble agrees: 1 - the standard deviation, over its members, of the winner's probability.
 
@@ -136,8 +153,7 @@ class Spread(Gate):
 
     def forward(self, k: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
         p = logits.softmax(-1)
-        votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(1)
-        winner = (votes + p.mean(1)).argmax(-1)
+        winner = (votes(p) + p.mean(1)).argmax(-1)
         given = p.gather(-1, winner.view(-1, 1, 1).expand(-1, p.shape[1], 1)).squeeze(-1)
         return 1 - given.std(1, correction=0), memory
 

@@ -9,10 +9,11 @@ are run. So the number of experts follows the token and the layer; a loss on the
 - *soft*, where s > H: K = all experts, w = p;
 - *else*: K = the smallest set of largest p_i that holds at least top_p, and at least top_k experts; w = p on K, renormalised;
 - y = base(x) + (alpha/r) sum_{e in K} w_e B_e A_e x;
-- *auxiliary loss* of a layer: 1e-2 mean S_q(p) + 1e-3 N sum_e f_e P_e, with f_e the share of tokens that use e (no gradient), P_e the mean of
-  p_e over tokens.
+- *auxiliary loss* of a layer: 1e-2 mean S_q(p) + 1e-3 N sum_e f_e P_e, with f_e the share of tokens that use e (no gradient), P_e the mean
+  of p_e over tokens.
 
-With one expert it is LoRA, with H = -inf a dense mixture, with H = inf and top_p = 0 top-k routing (MoLA), with H = inf alone top-p routing.
+With one expert it is LoRA, with H = -inf a dense mixture, with H = inf and top_p = 0 top-k routing (MoLA), with H = inf alone top-p
+routing.
 
 *Source.* Li, Wang et al., "DynMoLE: Boosting Mixture of LoRA Experts Fine-Tuning with a Hybrid Routing Mechanism", arXiv 2504.00661. LoRA:
 Hu et al. 2021.
@@ -83,7 +84,7 @@ class DynMoLE(nn.Module):
             raise UnsupportedModel("experts are added to nn.Linear", module=type(base).__name__)
         if experts < 1 or rank < 1:
             raise BadInput(f"needs at least one expert of rank 1, not {experts} of rank {rank}")
-        if not 0 <= top_p <= 1 or not 1 <= top_k:
+        if not 0 <= top_p <= 1 or not top_k >= 1:
             raise BadInput(f"top_p must lie in [0, 1] and top_k be at least 1, not {top_p} and {top_k}")
         if not entropic_index > 0:
             raise BadInput(f"the entropic index must be positive, not {entropic_index}")
@@ -136,7 +137,7 @@ class DynMoLE(nn.Module):
             return torch.ones_like(p, dtype=torch.bool)
         most = tsallis_entropy(torch.full((self.experts,), 1 / self.experts, dtype=torch.float64), self.entropic_index).item()
         soft = tsallis_entropy(p, self.entropic_index) / most > self.entropy_threshold
-        ordered, order = p.sort(-1, descending=True, stable=True)
+        ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # so the expert that crosses top_p is kept
         keep = (before < self.top_p) | (torch.arange(self.experts, device=p.device) < self.top_k)
         return torch.zeros_like(keep).scatter(-1, order, keep) | soft[..., None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,7 @@ from torch.optim import AdamW
 
 from neurarium.data import TensorData
 from neurarium.dynamic.backbones import ElasticBackbone
-from neurarium.dynamic.cost import CostTable
-from neurarium.dynamic.elastic import Config, ElasticFamily, Sliced, active, slots
+from neurarium.dynamic.elastic import Config, ElasticFamily, Sliced, active, flops, slots
 from neurarium.experiments.dynamic.zoo import Graded, graded
 
 if TYPE_CHECKING:
@@ -51,40 +49,45 @@ def spend(
     family: ElasticFamily,
     step: Callable[[Tensor, Tensor, int], tuple[Tensor, Iterable[Config]]],
     data: TensorData,
-    flops: float,
+    budget: float,
     *,
     lr: float = 4e-3,
     batch: int = 50,
     seed: int = 0,
     watch: Callable[[], Any] | None = None,
     watches: int = 0,
+    after: Callable[[], Any] | None = None,
 ) -> Anytime:
     """AdamW until the counted FLOPs are spent; the rate rises and falls with the share that is.
 
     Args:
         step: the loss of ``(x, y, number of the step)`` and the configs that it ran, which are charged ``BACKWARD`` passes a row.
+        after: called after each backward pass, while the gradients are there.
         watch: called ``watches`` times, at equal shares of the budget; what it returns is kept.
     """
     price = prices(family, data.x[:1])
     optimizer, run, batches = AdamW(family.parameters(), lr=lr), Anytime(), data.batches(batch, seed=seed, drop_last=True)
     family.train()
-    while run.flops < flops:
+    while run.flops < budget:
         for x, y in batches:
-            share = run.flops / flops
+            share = run.flops / budget
             for group in optimizer.param_groups:
                 group["lr"] = lr * (share / 0.2 if share < 0.2 else 0.5 + 0.5 * math.cos(math.pi * (share - 0.2) / 0.8)) + 1e-6
             optimizer.zero_grad()
             loss, ran = step(x, y, run.steps)
             loss.backward()
+            if after is not None:
+                after()
             optimizer.step()
             run.steps += 1
             run.flops += BACKWARD * len(x) * sum(price[c] for c in ran)
-            if watch is not None and len(run.seen) < watches and run.flops >= flops * (len(run.seen) + 1) / watches:
+            due = min(watches, int(run.flops / budget * watches + 1e-9)) - len(run.seen)
+            if watch is not None and due > 0:
                 family.eval()
-                run.seen.append(watch())
-                run.seen_at.append(run.steps)
+                run.seen += [watch()] * due
+                run.seen_at += [run.steps] * due
                 family.train()
-            if run.flops >= flops:
+            if run.flops >= budget:
                 break
     family.eval()
     return run
@@ -92,7 +95,7 @@ def spend(
 
 def prices(family: ElasticFamily, x: Tensor) -> dict[Config, int]:
     """FLOPs a row of each config."""
-    return {c: CostTable.measure([partial(family.run, config=c)], x).full for c in family.configs}
+    return dict(zip(family.configs, flops(family.model, family.configs, x)))
 
 
 @torch.no_grad()

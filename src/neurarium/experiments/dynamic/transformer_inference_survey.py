@@ -1,7 +1,8 @@
 """The algorithmic families of a survey on fast transformer inference, on one transformer, one task and one set of meters.
 
 A survey can only tabulate what papers report on different models. Here every technique starts from the same trained vision transformer,
-gets the same number of further training steps (the untouched model, too), and is measured by the same accuracy, counted FLOPs, stored
+gets the same number of further training steps (the untouched model, too; a smaller network that starts anew is trained as long as the
+large one was), and is measured by the same accuracy, counted FLOPs, stored
 bytes and seconds. Techniques come from two rooms: :func:`apply` is the whole glue.
 
 ``flops``, ``bytes``, ``time`` and ``time1`` (a batch of 64 and one row) are relative to the untouched model, whose runs are interleaved.
@@ -129,7 +130,7 @@ def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> n
     if technique == "unstructured":
         return magnitude(model, sparsity=1 - level)
     if technique in ("heads", "ffn"):
-        return _fewer_units(model, technique, level, loader)
+        return remove_units(model, [rank_units(model, technique, loader)], level)
     if technique == "layers":
         result, n = copy.deepcopy(model), len(model.blocks)
         kept = torch.linspace(0, n - 1, max(1, round(level * n))).round().int().tolist()
@@ -140,23 +141,33 @@ def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> n
     return prune_tokens(model, keep=max(1, round(level * len(model.embed.position))), at=1)
 
 
-def _fewer_units(model: nn.Module, kind: str, level: float, loader: Any) -> nn.Module:
-    """Heads or feed-forward units by how much single rows would miss them: the mean of |dL/d(gate)| over samples."""
-    blocks = TransformerBlocks.of(model, [LAYOUT])
-    maps = {f"{b.name}.{'attention.o' if kind == 'heads' else 'down'}.weight": b for b in blocks}
+Ranking = list[tuple[float, str, int]]  # harm, group of units, unit: least harm first
+
+
+def rank_units(model: nn.Module, kind: str, loader: Any) -> Ranking:
+    """Heads ("heads") or feed-forward units ("ffn") by how much single rows would miss them: the mean of |dL/d(gate)| over samples."""
+    maps = {f"{b.name}.{'attention.o' if kind == 'heads' else 'down'}.weight": b for b in TransformerBlocks.of(model, [LAYOUT])}
 
     def by_unit(name: str, weight: Tensor) -> Tensor:
         columns = weight.sum(0)
         return columns.unflatten(0, (maps[name].n_heads, -1)).sum(1) if kind == "heads" else columns
 
     scores = taylor(model, loader, names=list(maps), per=by_unit, reduce="sample", samples=256)
-    ranked = sorted((float(s), name, i) for name, values in scores.items() for i, s in enumerate(values / values.norm()))
-    gone, left = round((1 - level) * len(ranked)), {name: list(range(len(v))) for name, v in scores.items()}
-    for _, name, i in ranked:
-        if gone and len(left[name]) > 1:  # no block loses all
-            left[name].remove(i)
-            gone -= 1
-    return blocks.remove({f"{maps[name].name}.{kind}": units for name, units in left.items()})
+    return sorted((float(s), f"{maps[n].name}.{kind}", i) for n, values in scores.items() for i, s in enumerate(values / values.norm()))
+
+
+def remove_units(model: nn.Module, rankings: list[Ranking], level: float) -> nn.Module:
+    """A copy without the least useful 1 - ``level`` of each ranking; no block loses all heads or units."""
+    kept: dict[str, list[int]] = {}
+    for ranking in rankings:
+        for _, group, unit in ranking:
+            kept.setdefault(group, []).append(unit)
+        gone = round((1 - level) * len(ranking))
+        for _, group, unit in ranking:
+            if gone and len(kept[group]) > 1:
+                kept[group].remove(unit)
+                gone -= 1
+    return TransformerBlocks.of(model, [LAYOUT]).remove({group: sorted(units) for group, units in kept.items()})
 
 
 def run(trial: Trial) -> None:
@@ -169,14 +180,14 @@ def run(trial: Trial) -> None:
         return VisionTransformerS(1, 20, 4, width=64, depth=depth, heads=4, mlp=2, classes=b.task.classes)
 
     def distil(b: Bench) -> nn.Module:
-        """The student gets the whole training set ``epochs // 2`` times; so does the one that has no teacher."""
+        """The student sees the training set as often as its teacher did; so does the one that has no teacher."""
         batches = b.task.train.batches(64, seed=trial.seed)
-        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=max(1, epochs // 2) * len(batches))
+        schedule = partial(OneCycleLR, max_lr=2e-3, total_steps=epochs * len(batches))
         with torch.random.fork_rng():
             torch.manual_seed(trial.seed)
             model = student(b)
         taught = SoftTargets(b.model, temperature=2.0, weight=0.5, optimizer=partial(AdamW, lr=2e-3), schedule=schedule)
-        taught.fit(model, batches, epochs=max(1, epochs // 2), seed=trial.seed)
+        taught.fit(model, batches, epochs=epochs, seed=trial.seed)
         return model.eval()
 
     for arm in trial.arms(*VARIANTS, "scratch", "distilled", "stack", "exits", "cache"):
@@ -192,7 +203,7 @@ def run(trial: Trial) -> None:
             with torch.random.fork_rng():
                 torch.manual_seed(trial.seed)
                 model = student(b)
-            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=max(1, epochs // 2), lr=2e-3, seed=trial.seed)
+            zoo.train(model, b.task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
         elif arm.name == "distilled":
             model = trial.shared("distilled", lambda b=b: distil(b))
         elif arm.name == "stack":
