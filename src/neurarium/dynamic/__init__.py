@@ -14,6 +14,7 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.stitch import SNNet, stitch
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -33,10 +34,12 @@ __all__ = [
     "MaxProb",
     "Patience",
     "Policy",
+    "SNNet",
     "Staged",
     "VisionTransformerS",
     "fit_policy",
     "measure",
+    "stitch",
     "pgd",
     "with_exits",
 ]
