@@ -27,6 +27,7 @@ from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.stitch import SNNet, stitch
 from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
@@ -34,6 +35,7 @@ from neurarium.dynamic.train import CachedStages, fit_policy, measure
 __all__ = [
     "JEIDNN",
     "SGUQ",
+    "TIPS",
     "BackboneS",
     "Builder",
     "CachedStages",
@@ -61,12 +63,12 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "SNNet",
     "Slimmable",
     "SortedFineTuning",
     "SortedNet",
     "Spread",
     "Staged",
-    "TIPS",
     "VideoPoseTransformer",
     "ViewStages",
     "VisionTransformerS",
@@ -95,6 +97,7 @@ __all__ = [
     "search_schedule",
     "slowdown",
     "split",
+    "stitch",
     "transfer",
     "tsallis_entropy",
     "with_exits",
