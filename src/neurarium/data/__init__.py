@@ -10,6 +10,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 
 from neurarium.data.characters import baybayin
 from neurarium.data.faces import FaceTask, synthetic_faces
+from neurarium.data.fields import FieldTask, advected_field
 from neurarium.data.graphs import GraphTask, graph
 from neurarium.data.poses import PoseTask, pose_sequences
 from neurarium.data.registry import SETS, available, get, where
@@ -26,6 +27,7 @@ __all__ = [
     "AudioTask",
     "Batches",
     "FaceTask",
+    "FieldTask",
     "GraphTask",
     "ImageTask",
     "PoseTask",
@@ -35,6 +37,7 @@ __all__ = [
     "TensorData",
     "TextTask",
     "Texts",
+    "advected_field",
     "arma",
     "audio",
     "available",

@@ -15,6 +15,7 @@ from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patie
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
+from neurarium.dynamic.sensors import DynST, SensorMask, apply_mask
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -25,6 +26,7 @@ __all__ = [
     "CostTable",
     "Curve",
     "Decoder",
+    "DynST",
     "EarlyExit",
     "Entropy",
     "ExitChain",
@@ -35,9 +37,11 @@ __all__ = [
     "MaxProb",
     "Patience",
     "Policy",
+    "SensorMask",
     "Staged",
     "VideoPoseTransformer",
     "VisionTransformerS",
+    "apply_mask",
     "dpc_knn",
     "fit_policy",
     "hourglass",
