@@ -106,7 +106,7 @@ def auroc(mask: Tensor, influence: Tensor) -> float:
 def figure(record: RecordView, fig: Figure) -> None:
     """Error against sparsity, and the layouts over how informative a cell is and how the wind blows."""
     fig.set_size_inches(11, 7)
-    grid = fig.add_gridspec(2, 3, width_ratios=(1.3, 1, 1), hspace=0.25, wspace=0.2)
+    grid = fig.add_gridspec(2, 3, width_ratios=(1.3, 1, 1), hspace=0.05, wspace=0.03)
     curve = fig.add_subplot(grid[:, 0])
     full = record.values("full", "mse")
     for name, colour in COLOURS.items():
