@@ -21,7 +21,7 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise BadInput(f"width {width} cannot be split into {heads} heads")
-        self.heads, self.causal = heads, causal
+        self.heads, self.head_dim, self.causal = heads, width // heads, causal
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
     def attend(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The output, and all keys and values ``(n, heads, time, width / heads)`` so far; ``past``: those of earlier positions."""
-        q, k, v = (m(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k, v = (m(x).unflatten(2, (self.heads, self.head_dim)).transpose(1, 2) for m in (self.q, self.k, self.v))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         mask = None
