@@ -24,6 +24,7 @@ from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, 
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
+from neurarium.dynamic.sensors import DynST, SensorMask, apply_mask
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
@@ -47,6 +48,7 @@ __all__ = [
     "DistilledExit",
     "DynMoLE",
     "DynPerceiver",
+    "DynST",
     "EarlyExit",
     "ElasticBackbone",
     "ElasticFamily",
@@ -64,6 +66,7 @@ __all__ = [
     "Policy",
     "Program",
     "SNNet",
+    "SensorMask",
     "Slimmable",
     "SortedFineTuning",
     "SortedNet",
@@ -73,6 +76,7 @@ __all__ = [
     "ViewStages",
     "VisionTransformerS",
     "active",
+    "apply_mask",
     "auxiliary_loss",
     "dpc_knn",
     "dynn_robustness",
