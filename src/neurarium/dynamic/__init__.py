@@ -16,6 +16,7 @@ from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
+from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PatchedModel",
     "Patience",
     "Policy",
+    "QuantisedModel",
     "Staged",
     "VisionTransformerS",
     "fit_policy",
@@ -45,6 +47,7 @@ __all__ = [
     "patch_inference",
     "pgd",
     "plan_memory",
+    "quantmcu",
     "redistribute",
     "search_schedule",
     "with_exits",
