@@ -21,6 +21,7 @@ from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transfo
 from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
+from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
@@ -65,6 +66,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "QuantisedModel",
     "SNNet",
     "SensorMask",
     "Slimmable",
@@ -97,6 +99,7 @@ __all__ = [
     "plan_memory",
     "pose_loss",
     "prune_tokens",
+    "quantmcu",
     "redistribute",
     "search_schedule",
     "slowdown",
