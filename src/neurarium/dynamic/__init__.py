@@ -21,12 +21,15 @@ from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transfo
 from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
+from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
 from neurarium.dynamic.robustness import dynn_robustness, transfer
+from neurarium.dynamic.sensors import DynST, SensorMask, apply_mask
 from neurarium.dynamic.slimmable import Slimmable
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
+from neurarium.dynamic.stitch import SNNet, stitch
 from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
@@ -34,6 +37,7 @@ from neurarium.dynamic.train import CachedStages, fit_policy, measure
 __all__ = [
     "JEIDNN",
     "SGUQ",
+    "TIPS",
     "BackboneS",
     "Builder",
     "CachedStages",
@@ -45,6 +49,7 @@ __all__ = [
     "DistilledExit",
     "DynMoLE",
     "DynPerceiver",
+    "DynST",
     "EarlyExit",
     "ElasticBackbone",
     "ElasticFamily",
@@ -61,16 +66,19 @@ __all__ = [
     "Plan",
     "Policy",
     "Program",
+    "QuantisedModel",
+    "SNNet",
+    "SensorMask",
     "Slimmable",
     "SortedFineTuning",
     "SortedNet",
     "Spread",
     "Staged",
-    "TIPS",
     "VideoPoseTransformer",
     "ViewStages",
     "VisionTransformerS",
     "active",
+    "apply_mask",
     "auxiliary_loss",
     "dpc_knn",
     "dynn_robustness",
@@ -91,10 +99,12 @@ __all__ = [
     "plan_memory",
     "pose_loss",
     "prune_tokens",
+    "quantmcu",
     "redistribute",
     "search_schedule",
     "slowdown",
     "split",
+    "stitch",
     "transfer",
     "tsallis_entropy",
     "with_exits",
