@@ -16,6 +16,7 @@ from neurarium.dynamic.family import FamilyPolicy
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.outcome import Family, Policy, Staged
+from neurarium.dynamic.robust_family import ProARD
 from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
@@ -41,6 +42,7 @@ __all__ = [
     "Patience",
     "Plan",
     "Policy",
+    "ProARD",
     "Program",
     "SortedFineTuning",
     "Staged",
