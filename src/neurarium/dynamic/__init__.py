@@ -24,6 +24,7 @@ from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, 
 from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
+from neurarium.dynamic.robust_family import ProARD
 from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.sensors import DynST, SensorMask, apply_mask
 from neurarium.dynamic.slimmable import Slimmable
@@ -65,6 +66,7 @@ __all__ = [
     "Patience",
     "Plan",
     "Policy",
+    "ProARD",
     "Program",
     "QuantisedModel",
     "SNNet",
