@@ -7,6 +7,7 @@ exported program are functions of the path. One engine runs paths (:mod:`~neurar
 from neurarium.dynamic.attacks import pgd
 from neurarium.dynamic.backbones import BackboneS, VisionTransformerS
 from neurarium.dynamic.budget import Curve
+from neurarium.dynamic.channel import FTWT
 from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
@@ -18,6 +19,7 @@ from neurarium.dynamic.stitch import SNNet, stitch
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
+    "FTWT",
     "JEIDNN",
     "BackboneS",
     "CachedStages",
