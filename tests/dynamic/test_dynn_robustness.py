@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,9 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from neurarium.dynamic.attacks import pgd
+from neurarium.dynamic.attacks import early_attack, hesitation, pgd, slowdown
+from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.exits import EarlyExit, with_exits
+from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.errors import BadInput, UnsupportedModel
+from neurarium.testing.examples.dynamic.attacks import trained
+from neurarium.testing.examples.dynamic.exits import _batch
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -122,3 +127,109 @@ def test_pgd_refuses_what_it_cannot_attack():
         attack(lambda z: net(z.detach()), x, y)
     with pytest.raises(UnsupportedModel, match="no gradient"):
         attack(lambda z: torch.zeros(6, 3), x, y)
+
+
+def test_early_attack_by_an_independent_judge():
+    policy, static = trained(0)
+    x, _ = _batch(24, 5)
+    found = early_attack(policy, x, c=500.0, steps=150, lr=0.05, clip=(-1.0, 2.0))
+    assert found.rate > 0.2 and ((found.x >= -1) & (found.x <= 2)).all()
+    torch.testing.assert_close(found.norm, (found.x - x).flatten(1).norm(dim=1))
+    chain = policy.staged  # its segments and heads by hand, the final answer by the static twin, which has the same weights
+    first = chain.heads[0](chain.segments[0](found.x)).argmax(1)
+    second = chain.heads[1](chain.segments[1](chain.segments[0](found.x))).argmax(1)
+    judged = (first != found.label) & (second != found.label) & (static(found.x).argmax(1) == found.label)
+    assert torch.equal(judged, found.success)
+    assert torch.equal(found.label, static(x).argmax(1))
+    alone = early_attack(lambda z: policy.outputs(z), x[:3], c=500.0, steps=150, lr=0.05, clip=(-1.0, 2.0))  # rows do not see each other
+    torch.testing.assert_close(alone.x, found.x[:3], rtol=1e-3, atol=1e-3)
+
+
+def test_early_attack_minimises_what_it_says():
+    torch.manual_seed(0)
+    policy, x = EarlyExit(with_exits(small(), batch()[0], cuts=1)).eval(), batch()[0]
+
+    def objective(z: torch.Tensor, label: torch.Tensor, alpha: float, c: float) -> list[float]:
+        values = []
+        for i, r in enumerate(label.tolist()):
+            p = [out[i].softmax(0) for out in policy.outputs(z)]
+            hold = sum(max(0.0, (p[-1][r] - p[-1][j]).item()) for j in range(3) if j != r)
+            values.append((z[i] - x[i]).square().sum().item() + c * (sum(q[r].item() for q in p[:-1]) - alpha * hold))
+        return values
+
+    label = policy.outputs(x)[-1].argmax(1)
+    for alpha in (0.01, 1.0):
+        end = early_attack(policy, x, alpha=alpha, steps=100, clip=None)
+        for before, after in zip(objective(x, label, alpha, 5.0), objective(end.x, label, alpha, 5.0)):
+            assert after < before
+    small_steps = early_attack(policy, x, steps=1, lr=1e-4, clip=None).x - x  # Adam's first step is the sign of the gradient
+    z = x.clone().requires_grad_()
+    p = [out.softmax(1) for out in policy.outputs(z)]
+    at = p[-1].gather(1, label[:, None])
+    loss = 5 * (p[0].gather(1, label[:, None]).squeeze(1) - (at - p[-1]).relu().sum(1))
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    large = gradient.abs() > 1e-5
+    assert torch.equal(small_steps[large].sign(), -gradient[large].sign())
+
+
+def test_slowdown_makes_rows_go_further():
+    policy, _ = trained(0)
+    x, _ = _batch(40, 5)
+    policy.use(x, budget=0.6 * policy.costs(x).full)
+    assert slowdown(policy, x, eps=0.0, clip=None).inflation == 1.0
+    found = slowdown(policy, x, eps=0.2, clip=None)
+    assert found.inflation > 1.15 and (found.x - x).abs().max() <= 0.2 + 1e-6
+    assert torch.equal(found.attacked, policy.decide(found.x).cost)
+    assert (hesitation(policy.outputs(found.x)) >= hesitation(policy.outputs(x)) - 1e-6).all()
+    assert hesitation([torch.zeros(2, 5), torch.ones(2, 5)]).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_transfer_to_a_copy_is_the_own_success():
+    policy, static = trained(0)
+    data = _batch(60, 5)
+    attack = partial(transfer, data=data, eps=0.3, steps=4, clip=None)
+    own = attack(static, copy.deepcopy(static))
+    assert own.rate == own.success and own.success > 0
+    never = copy.deepcopy(policy).use(threshold=2.0)  # never stops early: the static network itself
+    there, back = attack(static, never), attack(never, static)
+    assert there.rate == own.rate == back.rate and there.rows == own.rows
+    assert attack(static, policy, eps=0.0).rate == 0 == attack(static, policy, eps=0.0).success
+
+
+def test_flops_of_an_attack_by_hand():
+    policy, static = trained(0)
+    data = _batch(60, 5)
+    for steps in (1, 3):  # a forward pass a step and one at the end, and for each step as much again backwards, to the input alone
+        one = transfer(static, policy, data, eps=0.3, steps=steps, clip=None)
+        assert one.flops == one.rows * (2 * steps + 1) * CostTable.measure([static], data[0]).full
+    first = copy.deepcopy(policy).use(threshold=0.0)
+    early = transfer(first, static, data, eps=0.3, steps=3, clip=None)
+    assert early.flops == early.rows * 7 * policy.costs(data[0]).total[0]
+    assert early.flops_per_success == early.flops / round(early.success * early.rows)
+
+
+def test_the_report_is_what_its_parts_say():
+    policy, static = trained(0)
+    data = _batch(60, 5)
+    report = dynn_robustness(
+        policy, static, data, eps=(0.1, 0.3), steps=3, clip=None, early={"c": 500.0, "steps": 100, "lr": 0.05}, early_rows=20
+    )
+    there = transfer(static, policy, data, eps=0.3, steps=3, clip=None)
+    back = transfer(policy, static, data, eps=0.3, steps=3, clip=None)
+    assert (report.success_static[1], report.static_to_dynamic[1]) == (there.success, there.rate)
+    assert (report.success_dynamic[1], report.dynamic_to_static[1]) == (back.success, back.rate)
+    assert report.flops_dynamic[1] == back.flops_per_success and report.rows == back.rows
+    assert report.seconds_static == () and report.early_kept == 1.0 and report.noise_success <= 0.1 < report.early_success
+    assert report.inflation[1] > report.inflation[0] > 1
+    with pytest.raises(UnsupportedModel, match="is no policy"):
+        dynn_robustness(static, static, data)
+    with pytest.raises(BadInput, match="no row is right"):
+        dynn_robustness(policy, static, (data[0], (static(data[0]).argmax(1) + 1) % 3))
+    with pytest.raises(BadInput, match="labels"):
+        dynn_robustness(policy, static, (data[0], data[1] + 7))
+    with pytest.raises(BadInput, match="only one"):
+        early_attack(lambda z: [static(z)], data[0])
+    with pytest.raises(BadInput, match="classes"):
+        early_attack(lambda z: [z, z], data[0])
+    with pytest.raises(BadInput, match="smallest"):
+        early_attack(policy, data[0], clip=(1.0, 0.0))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from neurarium.dynamic.channel import FTWT, ChannelConv, target_mask
+from neurarium.dynamic.compile import split
 from neurarium.dynamic.train import fit_policy
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.testing import exits as checks
@@ -247,6 +248,18 @@ def test_exports_as_one_graph():
     program = torch.export.export(made, (x[:4],), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},))
     for n in (1, 2, 7, 20):
         torch.testing.assert_close(program.module()(x[:n]), made(x[:n]), rtol=1e-4, atol=1e-5)
+
+
+def test_split_agrees_with_the_policy():
+    made, x = policy("vgg"), batch()
+    program = split(made, x)
+    for setting in ({}, *({"budget": b} for b in checks.budgets(made, x, 3))):
+        got, want = program.decide(x, **setting), made.decide(x, mode="masked", **setting)
+        torch.testing.assert_close(got.output, want.output, rtol=1e-4, atol=1e-5)
+        assert torch.equal(got.choice, want.choice) and torch.equal(got.cost, want.cost)
+    exported = program.compile("export")
+    for n in (0, 1, 7):
+        torch.testing.assert_close(exported.decide(x[:n]).output, made.masked(x[:n]), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_can_be_named():

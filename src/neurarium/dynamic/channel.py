@@ -424,6 +424,23 @@ class FTWT(Policy):
         fixed, places = self.geometry(example)
         return fixed + self._convolved(places, counts)
 
+    def program(self, example: Any) -> Any:
+        """The masked form of every setting that a budget picks, and of the current one, for :func:`~neurarium.dynamic.compile.split`.
+
+        Filters are masked there, not left out: every row is charged the full price.
+        """
+        from neurarium.dynamic.compile import Builder
+
+        counts = [] if self.curve is None else [tuple(c) for c in self.curve.counts.tolist()]
+        build = Builder(example)
+        build.switch(range(len(counts) + 1))
+        for setting, fixed in enumerate([*counts, self.counts]):
+            build.at(setting)
+            output, choice = build.call(_Masked(self, fixed), build.inputs, cost=self.full(example))
+            build.leave(output, choice=choice)
+        menu = [{"cost": float(self.price(example, c)), "setting": k} for k, c in enumerate(counts)]
+        return build.program(setting=len(counts), menu=menu, settings=range(len(counts) + 1))
+
     def costs(self, example: Any) -> CostTable:
         """The cheapest path (the fewest filters everywhere), and what the dense network adds."""
         least = self.price(example, [self.plan.round(1, f) for f in self.filters])
@@ -533,6 +550,18 @@ class FTWT(Policy):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_fixed": {}}
+
+
+class _Masked(nn.Module):
+    """Output and kept filters of one setting."""
+
+    def __init__(self, policy: FTWT, counts: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.policy, self.counts = policy, counts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, plan = self.policy._pass(x, "masked", counts=self.counts)
+        return out, torch.stack([plan.kept[name].sum(1) for name in self.policy.dynamic], 1)
 
 
 def _rewired(model: nn.Module, plan: _Plan, embedding: int | None, layers: Sequence[str] | None) -> fx.GraphModule:
