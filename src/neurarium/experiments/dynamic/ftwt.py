@@ -79,10 +79,8 @@ def run(trial: Trial) -> None:
         full = CostTable.measure([model.eval()], test.x[:1]).full
         kind = Gated if arm.name == "l1_gate" else FTWT
         mass = MASSES.get(arm.name, 2.0 if arm.name == "dense" else 0.9)
-        policy = kind(
-            model, mass=mass, granularity=granularity, embedding=128, warmup_epochs=1, freeze_after=max(2, epochs[1] // 2),
-            mode="joint" if arm.name == "l1_gate" else "decoupled",
-        )  # fmt: skip
+        halfway = max(2, epochs[1] // 2)
+        policy = kind(model, mass=mass, granularity=granularity, embedding=128, warmup_epochs=1, freeze_after=halfway)
         predicted = policy.predicted_flops(task.train.to(trial.device).batches(500, shuffle=False)) if arm.name in MASSES else full
         counts = [float(c) for c in trial.metric("ftwt_090", "counts")] if arm.name in OTHERS else list(policy.filters)
         if arm.name not in MASSES:
