@@ -8,6 +8,7 @@ from neurarium.dynamic.acquisition import SGUQ, ViewStages
 from neurarium.dynamic.attacks import early_attack, pgd, slowdown
 from neurarium.dynamic.backbones import BackboneS, ElasticBackbone, VisionTransformerS
 from neurarium.dynamic.budget import Curve
+from neurarium.dynamic.channel import FTWT
 from neurarium.dynamic.compile import Builder, Plan, Program, load_program, split
 from neurarium.dynamic.cost import CostTable
 from neurarium.dynamic.coupling import make_elastic
@@ -36,6 +37,7 @@ from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_toke
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
 
 __all__ = [
+    "FTWT",
     "JEIDNN",
     "SGUQ",
     "TIPS",

@@ -57,7 +57,7 @@ def run(trial: Trial) -> None:
     sizes = trial.scale(smoke=((4, 2), (8, 2), (12, 2)), laptop=SIZES)
 
     def task() -> ImageTask:
-        return trial.shared("task", lambda: zoo.mnist(trial, train=4000, test=1000, size=12))
+        return trial.shared("task", lambda: zoo.mnist(trial, train=3600, test=1000, size=12))
 
     def anchors() -> list[nn.Module]:
         return [_anchor(task(), width, heads, epochs[0], trial) for width, heads in sizes]
