@@ -2,8 +2,9 @@
 
 A field lives in plumes behind hidden sources and is carried by a wind that no model is told. All arms train one small convolutional
 forecaster for the same number of steps and are judged on all cells. ``dynst30``, ``dynst`` and ``dynst70`` end without 30, 50 and 70 % of
-the sensors; ``random`` (the mean of three draws), ``uniform_grid`` (a chessboard) and ``variance`` (the cells that vary most) have 50 % from the start; ``one_shot``
-drops them in one round when DynST makes its last; ``no_regrow`` is ``dynst70`` without sensors that come back.
+the sensors; ``random`` (the mean of three draws), ``uniform_grid`` (a chessboard) and ``variance`` (the cells that vary most) have 50 %
+from the start; ``one_shot`` drops them in one round when DynST makes its last; ``no_regrow`` is ``dynst70`` without sensors that come
+back.
 
 ``auroc``: the probability that a sensor kept is truly more informative (:attr:`neurarium.data.FieldTask.influence`) than one dropped, 1/2
 where all are kept. ``tiles``: the share of 4 x 4 tiles of the input that still hold a sensor.
