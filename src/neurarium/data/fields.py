@@ -20,7 +20,7 @@ from neurarium.errors import BadInput
 __all__ = ["FieldTask", "advected_field"]
 
 _CHUNK = 20  # sequences drawn at a time, each with a generator of its own
-_FADE, _MEMORY, _WARMUP = 0.85, 0.6, 30  # what a step leaves of the field and of a source's signal; steps before the first seen one
+_FADE, _MEMORY, _WARMUP = 0.85, 0.85, 40  # what a step leaves of the field and of a source's signal; steps before the first seen one
 
 
 @dataclass(frozen=True, eq=False)
