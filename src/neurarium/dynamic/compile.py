@@ -505,7 +505,10 @@ class Program(nn.Module):
         free = torch.export.Dim("n", min=1, max=2**16)
         dims = [{0: free} if t.ndim and len(t) == n > 1 else None for t in example]
         with torch.no_grad():
-            return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            try:
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            except (ValueError, RuntimeError):  # len(x) is a constant to it
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),), strict=True)
 
     def _onnx(self) -> list[bytes]:
         for package in ("onnx", "onnxscript", "onnxruntime"):
