@@ -119,8 +119,10 @@ def run(trial: Trial) -> None:
             continue
         family, spent = teacher() if arm.name != "clean" else teach(eps=0.0)
         learner, epochs = progressive, 3 * each
+        price = trial.shared("prices", lambda family=family: prices(family, x))
         if arm.name == "random":
-            epochs = round(3 * each * expected(progressive, family, x) / expected(everything(common, 2, 3 * each), family, x))
+            one = expected(everything(common, 2, 3 * each), family, price)
+            epochs = round(3 * each * expected(progressive, family, price) / one)
             learner = everything(common, 2, epochs)
         elif arm.name == "no_kd":
             learner = ProARD(kd=None, **common)
@@ -129,7 +131,7 @@ def run(trial: Trial) -> None:
         spent += fit(learner, family, later, epochs, trial)
         clean, robust = judge(family, family.configs, x, y, steps)
         arm.log(clean=clean, robust=robust, clean_mean=mean(clean), robust_mean=mean(robust), robust_min=min(robust), train_flops=spent)
-        arm.log(updates=(epochs + teaching) * unit, flops=prices(family, x))
+        arm.log(updates=(epochs + teaching) * unit, flops=price)
         arm.log(transfer_mean=mean(transferred(family, trial.shared("alone", alone), x, y, steps)))
 
 
@@ -149,8 +151,8 @@ def everything(common: dict[str, Any], draws: int, epochs: int) -> ProARD:
 def students(example: Tensor, classes: int) -> ElasticFamily:
     """Twelve configurations; all widths have the same share, and so have all expansions. The block of the second stage may be skipped."""
     model = ElasticBackbone(example.shape[1], classes, widths=(8, 16, 32), strides=(2, 1, 2), blocks=(0, 1, 1), step=4)
-    widths, depths = slots(model)
-    inner = dimensions(ElasticFamily(model, [Config(tuple(w.size for w in widths), (1,) * len(depths))], example))["expand"]
+    widths, _ = slots(model)
+    inner = [i for i, w in enumerate(widths) if w.name.startswith("expand")]
 
     def config(wide: float, expanded: float, deep: int) -> Config:
         return Config(tuple(w.at(expanded if i in inner else wide) for i, w in enumerate(widths)), (deep, 1))
@@ -171,9 +173,9 @@ def prices(family: ElasticFamily, x: Tensor) -> list[int]:
     return [CostTable.measure([partial(family.run, config=c)], x[:1]).full for c in family.configs]
 
 
-def expected(learner: ProARD, family: ElasticFamily, x: Tensor) -> float:
+def expected(learner: ProARD, family: ElasticFamily, prices: list[int]) -> float:
     """FLOPs of a mean update, but for a constant: of 2 * STEPS + 6 passes of each student drawn and one of the teacher."""
-    price = dict(zip(family.configs, prices(family, x)))
+    price = dict(zip(family.configs, prices))
     phases = learner.phases(family)[1:]
     total = sum((2 * STEPS + 6) * p.draws * mean([price[c] for c in p.configs]) + price[family.configs[-1]] for p in phases)
     return total / len(phases)
