@@ -1,8 +1,9 @@
 """Predicted channel masks on a small VGG, against fixed masks, random ones, gates learned by a sparsity loss, and the targets themselves.
 
 The images carry noise whose strength differs from image to image. The dense network is trained first; every arm goes on from it for the
-same number of epochs with the same optimizer. ``static``, ``random_mask`` and ``l1_gate`` keep as many filters in each layer as
-``ftwt_090`` does on average. ``reduction`` is measured on the test images, by what each row was charged; ``counted`` by the FLOP counter.
+same number of epochs with the same optimizer, FTWT after a few epochs in which its predictors alone learn from the dense network.
+``static``, ``random_mask`` and ``l1_gate`` keep as many filters in each layer as ``ftwt_090`` does on average. ``reduction`` is measured on
+the test images, by what each row was charged; ``counted`` by the FLOP counter.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Gated(FTWT):
     share = 1.0
 
     def gate(self, layer: ChannelConv, logits: Tensor, out: Tensor | None) -> Tensor:
-        return (1.2 * logits.sigmoid() - 0.1).clamp(0, 1)  # stretched, so that exact zeros are within reach
+        gate = logits.sigmoid()
+        return gate if self.training else gate * (gate > 0.5)
 
     def loss(self, x: Any, y: Tensor, step: int = 0) -> Tensor:
         logits, plan = self._pass(x, "masked", counts=None)
@@ -61,16 +63,16 @@ class Gated(FTWT):
 
 
 def run(trial: Trial) -> None:
-    epochs, granularity = trial.scale(smoke=(1, 2), laptop=(4, 4)), trial.scale(smoke=4, laptop=8)
+    first, alone, together = trial.scale(smoke=(1, 1, 2), laptop=(4, 4, 3))  # epochs: dense network, predictors alone, every arm
 
     def graded() -> zoo.Graded:
-        return trial.shared("graded", lambda: zoo.graded(trial, train=3000, test=2000, size=14))
+        return trial.shared("graded", lambda: zoo.graded(trial, train=2400, test=1500, size=14))
 
     def pretrained() -> nn.Module:
         task = graded().task
         torch.manual_seed(trial.seed)
         model = _vgg(task.train.x.shape[1], trial.scale(smoke=SMALL, laptop=WIDTHS), task.classes).to(trial.device)
-        return zoo.train(model, task.train.to(trial.device).batches(64, seed=trial.seed), epochs=epochs[0], seed=trial.seed)
+        return zoo.train(model, task.train.to(trial.device).batches(64, seed=trial.seed), epochs=first, seed=trial.seed)
 
     for arm in trial.arms("dense", *MASSES, *OTHERS):
         task, noise = graded().task, graded().noise
@@ -79,8 +81,7 @@ def run(trial: Trial) -> None:
         full = CostTable.measure([model.eval()], test.x[:1]).full
         kind = Gated if arm.name == "l1_gate" else FTWT
         mass = MASSES.get(arm.name, 2.0 if arm.name == "dense" else 0.9)
-        halfway = max(2, epochs[1] // 2)
-        policy = kind(model, mass=mass, granularity=granularity, embedding=128, warmup_epochs=1, freeze_after=halfway)
+        policy = kind(model, mass=mass, granularity=1, embedding=128, warmup_epochs=alone, freeze_after=alone + 2)
         predicted = policy.predicted_flops(task.train.to(trial.device).batches(500, shuffle=False)) if arm.name in MASSES else full
         counts = [float(c) for c in trial.metric("ftwt_090", "counts")] if arm.name in OTHERS else list(policy.filters)
         if arm.name not in MASSES:
@@ -89,7 +90,7 @@ def run(trial: Trial) -> None:
         if isinstance(policy, Gated):
             policy.freeze_after = None
             policy.share = float(np.mean(np.array(counts) / np.array(policy.filters)))
-        _tune(policy, task, epochs[1], trial)
+        _tune(policy, task, together + policy.warmup_epochs, trial)
         policy.eval()
         if arm.name in MASSES:
             arm.log(**_judge(policy, test.x, test.y, noise, full), predicted_reduction=1 - predicted / full)
@@ -117,7 +118,7 @@ def _tune(policy: FTWT, task: ImageTask, epochs: int, trial: Trial) -> None:
     batches = task.train.to(trial.device).batches(64, seed=trial.seed)
 
     def optimizer(parameters: Any) -> SGD:
-        return SGD(policy.groups(lr=0.01, predictor_lr=0.1), momentum=0.9)
+        return SGD(policy.groups(lr=0.01, predictor_lr=0.5), momentum=0.9)
 
     schedule = partial(CosineAnnealingLR, T_max=epochs * len(batches))
     fit_policy(policy, batches, epochs=epochs, optimizer=optimizer, schedule=schedule, seed=trial.seed)
