@@ -602,6 +602,7 @@ def _quick_exporter() -> Iterator[None]:
     """The ONNX exporter without its remarks, and with its table of operators made once instead of once a segment."""
     log = logging.getLogger("torch.onnx")
     level, table, make = log.level, None, None
+    log.setLevel(logging.ERROR)
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry as table
 
@@ -612,7 +613,6 @@ def _quick_exporter() -> Iterator[None]:
         )
     except (ImportError, KeyError, AttributeError, TypeError):  # another version: slower, and as good
         make = None
-    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

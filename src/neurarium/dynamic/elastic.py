@@ -632,20 +632,22 @@ def flops(model: nn.Module, configs: Sequence[Config], example: Any) -> list[int
     """
     slices = [m for m in model.modules() if isinstance(m, Sliced)]
     norms = [m for m in slices if isinstance(m, ElasticNorm) and m.batch]
-    blocks = {id(m): (i, k) for i, d in enumerate(slots(model)[1]) for k, b in enumerate(d._modules.values()) for m in b.modules()}
-    spent, full_size = {id(m): 0 for m in slices}, {id(m): _numbers(m) for m in slices}
+    widths, depths = slots(model)
+    blocks = {id(m): (i, k) for i, d in enumerate(depths) for k, b in enumerate(d._modules.values()) for m in b.modules()}
+    number, spent = {id(w): i for i, w in enumerate(widths)}, {id(m): 0 for m in slices}
 
     def measured(config: Config) -> int:
         with active(model, config):
             return CostTable.measure([model], example).full
 
     def share(config: Config) -> int:
-        total = whole - sum(spent.values())
-        with active(model, config):
-            for m in slices:
-                i, k = blocks.get(id(m), (0, -1))
-                if k < 0 or k < config.depths[i]:
-                    total += spent[id(m)] * _numbers(m) // full_size[id(m)]
+        total = whole
+        for m, follows in costly:
+            i, k = blocks.get(id(m), (0, -1))
+            part = spent[id(m)] if k < 0 or k < config.depths[i] else 0
+            for w in follows:
+                part = part * config.widths[w] // widths[w].size
+            total += part - spent[id(m)]
         return total
 
     with evaluating(model):
@@ -666,6 +668,7 @@ def flops(model: nn.Module, configs: Sequence[Config], example: Any) -> list[int
                 finally:
                     for handle in handles:
                         handle.remove()
+            costly = [(m, [number[id(w)] for w in m.axes()["weight"].values()]) for m in slices if spent[id(m)]]
             prices = [share(c) for c in configs]
             order = sorted(range(len(configs)), key=lambda i: configs[i].key)
             if any(prices[i] != measured(configs[i]) for i in {order[0], order[len(order) // 2], order[-1]}):
@@ -674,11 +677,6 @@ def flops(model: nn.Module, configs: Sequence[Config], example: Any) -> list[int
             for m in norms:
                 m.measuring = False
     return prices
-
-
-def _numbers(module: Sliced) -> int:
-    weight = module.part("weight")
-    return 1 if weight is None else weight.numel()
 
 
 def units(model: nn.Module, width: Width) -> Tensor:

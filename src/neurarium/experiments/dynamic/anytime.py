@@ -56,11 +56,13 @@ def spend(
     seed: int = 0,
     watch: Callable[[], Any] | None = None,
     watches: int = 0,
+    after: Callable[[], Any] | None = None,
 ) -> Anytime:
     """AdamW until the counted FLOPs are spent; the rate rises and falls with the share that is.
 
     Args:
         step: the loss of ``(x, y, number of the step)`` and the configs that it ran, which are charged ``BACKWARD`` passes a row.
+        after: called after each backward pass, while the gradients are there.
         watch: called ``watches`` times, at equal shares of the budget; what it returns is kept.
     """
     price = prices(family, data.x[:1])
@@ -74,13 +76,16 @@ def spend(
             optimizer.zero_grad()
             loss, ran = step(x, y, run.steps)
             loss.backward()
+            if after is not None:
+                after()
             optimizer.step()
             run.steps += 1
             run.flops += BACKWARD * len(x) * sum(price[c] for c in ran)
-            if watch is not None and len(run.seen) < watches and run.flops >= budget * (len(run.seen) + 1) / watches:
+            due = min(watches, int(run.flops / budget * watches + 1e-9)) - len(run.seen)
+            if watch is not None and due > 0:
                 family.eval()
-                run.seen.append(watch())
-                run.seen_at.append(run.steps)
+                run.seen += [watch()] * due
+                run.seen_at += [run.steps] * due
                 family.train()
             if run.flops >= budget:
                 break

@@ -130,7 +130,7 @@ def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> n
     if technique == "unstructured":
         return magnitude(model, sparsity=1 - level)
     if technique in ("heads", "ffn"):
-        return _fewer_units(model, technique, level, loader)
+        return remove_units(model, [rank_units(model, technique, loader)], level)
     if technique == "layers":
         result, n = copy.deepcopy(model), len(model.blocks)
         kept = torch.linspace(0, n - 1, max(1, round(level * n))).round().int().tolist()
@@ -141,23 +141,33 @@ def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> n
     return prune_tokens(model, keep=max(1, round(level * len(model.embed.position))), at=1)
 
 
-def _fewer_units(model: nn.Module, kind: str, level: float, loader: Any) -> nn.Module:
-    """Heads or feed-forward units by how much single rows would miss them: the mean of |dL/d(gate)| over samples."""
-    blocks = TransformerBlocks.of(model, [LAYOUT])
-    maps = {f"{b.name}.{'attention.o' if kind == 'heads' else 'down'}.weight": b for b in blocks}
+Ranking = list[tuple[float, str, int]]  # harm, group of units, unit: least harm first
+
+
+def rank_units(model: nn.Module, kind: str, loader: Any) -> Ranking:
+    """Heads ("heads") or feed-forward units ("ffn") by how much single rows would miss them: the mean of |dL/d(gate)| over samples."""
+    maps = {f"{b.name}.{'attention.o' if kind == 'heads' else 'down'}.weight": b for b in TransformerBlocks.of(model, [LAYOUT])}
 
     def by_unit(name: str, weight: Tensor) -> Tensor:
         columns = weight.sum(0)
         return columns.unflatten(0, (maps[name].n_heads, -1)).sum(1) if kind == "heads" else columns
 
     scores = taylor(model, loader, names=list(maps), per=by_unit, reduce="sample", samples=256)
-    ranked = sorted((float(s), name, i) for name, values in scores.items() for i, s in enumerate(values / values.norm()))
-    gone, left = round((1 - level) * len(ranked)), {name: list(range(len(v))) for name, v in scores.items()}
-    for _, name, i in ranked:
-        if gone and len(left[name]) > 1:  # no block loses all
-            left[name].remove(i)
-            gone -= 1
-    return blocks.remove({f"{maps[name].name}.{kind}": units for name, units in left.items()})
+    return sorted((float(s), f"{maps[n].name}.{kind}", i) for n, values in scores.items() for i, s in enumerate(values / values.norm()))
+
+
+def remove_units(model: nn.Module, rankings: list[Ranking], level: float) -> nn.Module:
+    """A copy without the least useful 1 - ``level`` of each ranking; no block loses all heads or units."""
+    kept: dict[str, list[int]] = {}
+    for ranking in rankings:
+        for _, group, unit in ranking:
+            kept.setdefault(group, []).append(unit)
+        gone = round((1 - level) * len(ranking))
+        for _, group, unit in ranking:
+            if gone and len(kept[group]) > 1:
+                kept[group].remove(unit)
+                gone -= 1
+    return TransformerBlocks.of(model, [LAYOUT]).remove({group: sorted(units) for group, units in kept.items()})
 
 
 def run(trial: Trial) -> None:

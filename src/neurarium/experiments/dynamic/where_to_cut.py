@@ -9,6 +9,7 @@ once (sorted depths, a sorted family, exits) get as many passes in sum. ``accura
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from neurarium import meter
 from neurarium.dynamic.coupling import make_elastic
-from neurarium.dynamic.elastic import ElasticFamily, at, reorder
+from neurarium.dynamic.elastic import reorder
 from neurarium.dynamic.exits import EarlyExit, with_exits
-from neurarium.dynamic.lora_experts import auxiliary_loss, mole_transform
+from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transform
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.tokens import prune_tokens
 from neurarium.dynamic.train import fit_policy, measure
-from neurarium.experiments.dynamic.transformer_inference_survey import Bench, apply, prepare, relative_time, right
+from neurarium.errors import BadInput
+from neurarium.experiments.dynamic.transformer_inference_survey import Bench, apply, prepare, rank_units, relative_time, remove_units, right
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,6 +70,8 @@ Cut = tuple[float, float, nn.Module]  # accuracy, share of the FLOPs, what was m
 def within(make: Callable[[float], nn.Module], flops: float, x: Any) -> nn.Module:
     """The network of the largest level in (0, 1] that costs at most ``flops`` a row, found by bisection."""
     low, high, best = 0.0, 1.0, make(0.02)
+    if meter.flops(best, x[:1]) > flops:
+        raise BadInput(f"not even the smallest network stays within {flops:.0f} FLOPs")
     for _ in range(9):
         middle = (low + high) / 2
         model = make(middle)
@@ -103,12 +107,8 @@ def pyramid(b: Bench, flops: float, full: int) -> Cut:
 
 def fewer_units(b: Bench, flops: float) -> nn.Module:
     loader = list(b.tuning.batches(64, seed=b.seed))[:4]
-
-    def make(level: float) -> nn.Module:
-        level = max(level, 0.05)
-        return apply("ffn", apply("heads", b.model, level, loader), level, loader)
-
-    return within(make, flops, b.task.test.x)
+    rankings = [rank_units(b.model, kind, loader) for kind in ("heads", "ffn")]
+    return within(lambda level: remove_units(b.model, rankings, level), flops, b.task.test.x)
 
 
 def units(b: Bench, flops: float, full: int) -> Cut:
@@ -116,10 +116,18 @@ def units(b: Bench, flops: float, full: int) -> Cut:
 
 
 def experts(b: Bench, flops: float, full: int) -> Cut:
-    """The cut network is frozen; four experts of rank 4 beside its feed-forward maps learn, within the same FLOPs."""
-    spare = 0.08 * full  # what adapters and routers may cost; measured below
-    model = mole_transform(fewer_units(b, flops - spare), targets=("up", "down"), experts=4, rank=4, top_k=1)
+    """The cut network is frozen; four experts of rank 4 beside its feed-forward maps learn. All of them at once stay within the target."""
+    loader = list(b.tuning.batches(64, seed=b.seed))[:4]
+    rankings = [rank_units(b.model, kind, loader) for kind in ("heads", "ffn")]
 
+    def make(level: float) -> nn.Module:
+        small = remove_units(b.model, rankings, level)
+        return mole_transform(small, targets=("up", "down"), experts=4, rank=4, top_k=1, entropy_threshold=-math.inf)
+
+    model = within(make, flops, b.task.test.x)
+    for module in model.modules():
+        if isinstance(module, DynMoLE):
+            module.entropy_threshold = 0.9
     batches = b.tuning.batches(64, seed=b.seed)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(trainable, lr=3e-3)
@@ -136,18 +144,19 @@ def experts(b: Bench, flops: float, full: int) -> Cut:
 
 
 def depth(b: Bench, full: int) -> list[Cut]:
-    n = len(b.model.blocks)
+    n, x = len(b.model.blocks), b.task.test.x[:1]
     policy = SortedFineTuning(copy.deepcopy(b.model), sorted({max(1, n // 2), max(1, 2 * n // 3), n}))
     fit(policy, b)
-    return [budgeted(policy, b, share, full) for share in TARGETS]
+    cuts = [(meter.flops(model, x) / full, model) for model in map(policy.extract, policy.depths)]
+    best = [max((c for c in cuts if c[0] <= share), key=lambda c: c[0]) for share in TARGETS]
+    return [(right(model, b.task.test), cost, model) for cost, model in best]
 
 
 def width(b: Bench, full: int) -> list[Cut]:
     x = b.task.test.x[:4]
     model = make_elastic(b.model, x)
     reorder(model)
-    ratios = (0.25, 0.35, 0.45, 0.5, 0.55, 0.65, 0.75, 0.85, 1.0)
-    policy = SortedNet(ElasticFamily(model, [at(model, r) for r in ratios], x))
+    policy = SortedNet(model, x, widths=(0.25, 0.35, 0.45, 0.5, 0.55, 0.65, 0.75, 0.85, 1.0))
     fit(policy, b)
     return [budgeted(policy, b, share, full) for share in TARGETS]
 
@@ -167,8 +176,6 @@ def fit(policy: Any, b: Bench) -> None:
 
 
 def budgeted(policy: Any, b: Bench, share: float, full: int) -> Cut:
-    if not hasattr(policy, "configs") and policy.curve is None:
-        policy.calibrate(b.held_out.batches(500, shuffle=False))
     policy.use(b.task.test.x[:2], budget=share * full)
     found = measure(policy, b.task.test.batches(500, shuffle=False))
     return found["accuracy"], found["cost"] / full, copy.deepcopy(policy)

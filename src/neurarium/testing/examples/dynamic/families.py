@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from neurarium.dynamic.backbones import ElasticBackbone
+from neurarium.dynamic.elastic import ElasticFamily, grid
 from neurarium.dynamic.sorted import SortedNet
+from neurarium.dynamic.tips import TIPS
 from neurarium.testing.example import Example
 from neurarium.testing.examples.dynamic.exits import _batch
 
@@ -18,5 +20,18 @@ def sortednet() -> Example:
     def make(seed: int) -> SortedNet:
         x, _ = _batch(2, seed)
         return SortedNet(_network(), x, widths=(0.3, 0.7, 1.0), seed=seed).eval()
+
+    return Example("policy", make=make, inputs=lambda batch, seed: (_batch(batch, seed)[0],))
+
+
+def tips() -> Example:
+    """Paths of a small super-network, calibrated."""
+
+    def make(seed: int) -> TIPS:
+        x, y = _batch(32, seed)
+        model = _network()
+        policy = TIPS(ElasticFamily(model, grid(model, (0.5, 1.0)), x), x, levels=3, per_level=2, seed=seed).eval()
+        policy.calibrate([(x, y)])
+        return policy
 
     return Example("policy", make=make, inputs=lambda batch, seed: (_batch(batch, seed)[0],))
