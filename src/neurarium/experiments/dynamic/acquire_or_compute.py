@@ -2,13 +2,15 @@
 
 One trained ensemble (:mod:`neurarium.experiments.dynamic.sguq`, generated patients) serves all arms, so that only the question differs.
 ``spread`` and ``max_prob`` are thresholds on one number; ``learned`` is JEI-DNN's gate on four numbers, trained on validation rows to
-imitate the stage of smallest cross-entropy + lambda times the price of its views, one gate for each lambda. ``compute`` spends the other
+imitate the stage of smallest cross-entropy + lambda times the price of its views, with the lambda whose curve is best there. All three
+are swept along the room's calibrated thresholds.
+``compute`` spends the other
 currency: it never buys a second view, and asks more members instead, one to all. ``random`` stops rows by chance, ``oracle`` at the
 cheapest stage that is right.
 
-Every arm gives points (price, accuracy) on test rows; thresholds and lambdas come from validation rows. ``auc``: mean accuracy over prices
-from one view to all, the points joined by lines from "one view for all" to "all views for all". ``mflops`` is what the points cost in
-computing: a row's stages, all members.
+Every arm gives points (price, accuracy) on test rows; thresholds, gates and lambda come from validation rows. ``auc``: mean accuracy over
+prices from one view to all, the points joined by lines from "one view for all" to "all views for all". ``mflops`` is what the points cost
+in computing: a row's stages, all members.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
 
 from neurarium.dynamic.acquisition import Pooled, pooled, vote
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from neurarium.lab import RecordView, Trial
 
-TRADEOFFS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2)  # nats that all the data is worth
+TRADEOFFS = (0.05, 0.2, 0.5, 1.0)  # nats that all the data is worth
 STEPS = 300
 
 LABELS = {
@@ -87,33 +90,38 @@ def chosen(name: str, asked: Asked, spent: Tensor, trial: Trial) -> list[Tensor]
     if name == "random":  # each row goes on with the same probability
         draw = torch.rand(len(tested), stages - 1)
         return [(draw < p).long().cumprod(1).sum(1) for p in np.linspace(0.1, 0.9, 9).tolist()]
+    scores = asked.scores
     if name == "learned":
-        return [learned(asked, spent, tradeoff, trial) for tradeoff in TRADEOFFS]
-    curve = calibrate(asked.scores[0], held)
-    return [pick(asked.readouts[1], asked.scores[1].double(), tau)[1] for tau in curve.tau[1:-1]]
+        tried = [learned(asked, spent, tradeoff, trial) for tradeoff in TRADEOFFS]
+        scores = max(tried, key=lambda s: float(calibrate(s[0], held).accuracy.mean()))
+    curve = calibrate(scores[0], held)
+    return [pick(asked.readouts[1], scores[1].double(), tau)[1] for tau in curve.tau[1:-1]]
 
 
-def learned(asked: Asked, spent: Tensor, tradeoff: float, trial: Trial) -> Tensor:
-    """Stages of the test rows by a gate that imitates the best stage of the validation rows."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(trial.seed)
-        held, tested = (torch.stack([pooled(stage) for stage in r.unbind(1)], 1) for r in asked.readouts)
-        gate = LearnedGate(len(spent) - 1)
-        badness = -held.gather(-1, asked.y[0].view(-1, 1, 1).expand(-1, held.shape[1], 1)).squeeze(-1)
-        targets = gate_targets(badness, spent / spent[-1], tradeoff).to(held)
-        ones = targets.sum(0)
-        weight = (len(targets) - ones + 1) / (ones + 1)
-        optimizer = Adam(gate.parameters(), lr=0.05, weight_decay=1e-3)
-        for _ in range(trial.scale(smoke=5, laptop=STEPS)):
-            optimizer.zero_grad()
-            torch.nn.functional.binary_cross_entropy_with_logits(gate.logits(held), targets, pos_weight=weight).backward()
-            optimizer.step()
-        with torch.no_grad():
-            scores, memory = [], None
-            for k in range(len(spent) - 1):
-                score, memory = gate(k, tested[:, k], memory)
-                scores.append(score)
-        return pick(tested, torch.stack(scores, 1), torch.full((len(spent),), 0.5))[1]
+def learned(asked: Asked, spent: Tensor, tradeoff: float, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Scores of the validation and the test rows by a gate that imitates the best stage of the validation rows."""
+    held, tested = (torch.stack([pooled(stage) for stage in r.unbind(1)], 1) for r in asked.readouts)
+    gate = LearnedGate(len(spent) - 1)
+    badness = -held.gather(-1, asked.y[0].view(-1, 1, 1).expand(-1, held.shape[1], 1)).squeeze(-1)
+    targets = gate_targets(badness, spent / spent[-1], tradeoff).to(held)
+    ones = targets.sum(0)
+    weight = (len(targets) - ones + 1) / (ones + 1)
+    optimizer = Adam(gate.parameters(), lr=0.05, weight_decay=1e-3)
+    for _ in range(trial.scale(smoke=5, laptop=STEPS)):
+        optimizer.zero_grad()
+        binary_cross_entropy_with_logits(gate.logits(held), targets, pos_weight=weight).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return gate_scores(gate, held), gate_scores(gate, tested)
+
+
+def gate_scores(gate: LearnedGate, readouts: Tensor) -> Tensor:
+    """``(n, stages, classes) -> (n, stages - 1)``."""
+    scores, memory = [], None
+    for k in range(readouts.shape[1] - 1):
+        score, memory = gate(k, readouts[:, k], memory)
+        scores.append(score)
+    return torch.stack(scores, 1)
 
 
 def mean_by_price(price: list[float], accuracy: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,8 +138,8 @@ def figure(record: RecordView, fig: Figure) -> None:
         for arm in record.arms:
             curves = record.curves(arm, name)
             for i, (x, y) in enumerate(curves):
-                line = arm not in ("oracle", "compute") or name == "flops"
-                marker = {"learned": "o", "oracle": "*", "compute": "s"}.get(arm)
+                line = arm != "oracle" and (arm != "compute" or name == "flops")
+                marker = {"oracle": "*", "compute": "s"}.get(arm)
                 ax.plot(
                     x, y, color=COLOURS[arm], lw=1.1 if line else 0, alpha=0.75, marker=marker, ms=4, label=LABELS[arm] if i == 0 else None
                 )
