@@ -163,7 +163,7 @@ def figure(record: RecordView, fig: Figure) -> None:
         bits = np.mean(record.grids("quantmcu", "bits"), 0)
         image = maps.imshow(bits, cmap="viridis", vmin=2, vmax=8, aspect="auto")
         for (t, i), b in np.ndenumerate(bits):
-            maps.text(i, t, f"{b:.3g}", ha="center", va="center", color="white" if b < 6 else "black", fontsize=8)
+            maps.text(i, t, f"{b:.2g}", ha="center", va="center", color="white" if b < 6 else "black", fontsize=8)
         fig.colorbar(image, ax=maps, label="bits, mean of the seeds")
         maps.set(xlabel="map, from the image on", ylabel="tile", title="What QuantMCU chose")
     fig.tight_layout()
