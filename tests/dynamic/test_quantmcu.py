@@ -7,11 +7,24 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from neurarium.dynamic.exits import EarlyExit, with_exits
 from neurarium.dynamic.live import trace_memory
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import patch_inference
-from neurarium.dynamic.patch_quant import Coded, Grid, QuantisedModel, Statistics, entropy, outlier_share, quantise, quantmcu
+from neurarium.dynamic.patch_quant import (
+    Coded,
+    CodedChain,
+    Grid,
+    QuantisedModel,
+    Statistics,
+    entropy,
+    outlier_share,
+    outlier_tiles,
+    quantise,
+    quantmcu,
+)
 from neurarium.errors import BadInput, UnsupportedModel
 
 
@@ -28,6 +41,12 @@ def task():
 @pytest.fixture(scope="module")
 def statistics(task):
     return Statistics.collect(*task)
+
+
+def mixture(patched, images) -> QuantisedModel:
+    """Random bits."""
+    shape = quantise(patched, images, 8).bits.shape
+    return quantise(patched, images, 2 ** torch.randint(1, 4, shape, generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
@@ -62,11 +81,12 @@ def test_limits_of_lambda_and_of_outliers(task):
     free = float("inf")
     assert (quantmcu(patched, images, lam=1.0, outlier_z=free).bits == 8).all()
     assert (quantmcu(patched, images, lam=0.0, outlier_z=free).bits == 2).all()
-    assert outlier_share(patched, images, 0.0) == [1.0] * 6 and outlier_share(patched, images, free) == [0.0] * 6
+    assert outlier_share(patched, images, 0.0).min() == 1 and outlier_share(patched, images, free).max() == 0
+    assert all(outlier_tiles(patched, images, 2.0)) and not any(outlier_tiles(patched, images, 6.0))
     none = quantmcu(patched, images, lam=0.0, outlier_z=0.0)
     with torch.no_grad():
         assert (none.bits == 8).all() and torch.equal(none(images), quantise(patched, images, 8)(images))
-    assert outlier_share(patched, images, 2.0) == pytest.approx([0.0455] * 6, abs=0.01)  # they are Gaussian
+    assert outlier_share(patched, images, 2.0).mean(1).tolist() == pytest.approx([0.0455] * 6, abs=0.01)  # they are Gaussian
 
 
 def test_a_tile_with_outliers_keeps_eight_bits(task):
@@ -94,8 +114,7 @@ def test_codes_take_the_bytes_that_are_planned(task):
         model = quantise(patched, images, table)
         with torch.no_grad():
             assert trace_memory(model, images[:1]).peak == model.plan().peak
-    mixed = quantmcu(patched, images, lam=0.4, outlier_z=float("inf"))
-    assert len(set(mixed.bits.flatten().tolist())) > 1
+    mixed = mixture(patched, images)
     with torch.no_grad():
         assert trace_memory(mixed, images[:1]).peak == mixed.plan().peak
     assert quantise(patched, images, 8).plan().peak <= patched.plan().peak  # the last map goes right into the output
@@ -103,7 +122,7 @@ def test_codes_take_the_bytes_that_are_planned(task):
 
 def test_codes_and_rounded_floats_are_the_same_function(task):
     patched, images = task
-    mixed = quantmcu(patched, images, lam=0.4, outlier_z=float("inf"))
+    mixed = mixture(patched, images)
     rounded = mixed(images)
     with torch.no_grad():
         torch.testing.assert_close(mixed(images), rounded, rtol=1e-4, atol=1e-5)
@@ -153,3 +172,28 @@ def test_unusable_settings_are_refused(task):
         with pytest.raises(BadInput):
             call()
     assert isinstance(quantise(patched, images, 8), QuantisedModel)
+
+
+def test_exits_on_codes_are_charged_exactly(task):
+    patched, images = task
+    chain = with_exits(patched.model, images[:2], cuts=["2"])
+    first = quantise(patch_inference(chain.segments[0], images, patches=(2, 2), split="2"), images, 8)
+    middle = chain.segments[0](images).detach()
+    rest = patch_inference(chain.segments[1], middle, patches=(1, 1), split=2)
+    coded = EarlyExit(CodedChain([first, quantise(rest, middle, 8)], chain.heads), threshold=0.3).eval()
+    plain = EarlyExit(chain, threshold=0.3).eval()
+    coded.costs(images), plain.costs(images)  # measured once, before anything is counted
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            outcome = coded.decide(images)
+        assert counter.get_total_flops() == int(outcome.cost.sum()) and 0 < outcome.choice.sum() < len(images)
+        assert torch.equal(coded.decide(images[:7]).choice, outcome.choice[:7])
+        assert torch.equal(coded.decide(images, mode="masked").choice, outcome.choice)
+        assert (outcome.choice == plain.decide(images).choice).double().mean() > 0.8
+        state, _ = coded.staged.stage(0, coded.staged.start(images[:1]))
+        assert state.dtype == torch.uint8 and state.shape[1:] == middle.shape[1:]
+        longest = trace_memory(lambda x: coded.decide(x, threshold=2.0), images[:1]).peak
+        floats = trace_memory(lambda x: plain.decide(x, threshold=2.0), images[:1]).peak
+        assert longest < floats / 4
+    with pytest.raises(BadInput):
+        CodedChain([first], chain.heads)

@@ -1,10 +1,10 @@
 """Bits by value in patch-based inference, beside uniform bits, random bits and bits by measured loss.
 
-A network of inverted residuals is trained on CIFAR-10 once a seed and run in 3x3 tiles up to its first block of stride 4; what follows has 8
-bits in every arm, and so have all weights. Nothing is trained after rounding. Calibration images are training images, accuracy is of the
-test images. ``random_bits``: random bits in the tiles that QuantMCU quantises, with its BitOPs. ``loss_increase``: the reference that
-measures: each map of each tile is rounded alone, the loss on labelled calibration images noted, and bits are lowered in the order of loss per
-BitOP saved until the BitOPs are QuantMCU's.
+A network of inverted residuals is trained on CIFAR-10 once a seed and run in 3x3 tiles up to its first block of stride 4; what follows has
+8 bits in every arm, and so have all weights. Nothing is trained after rounding. Calibration images are training images, accuracy is of
+the test images. ``random_bits``: random bits in the tiles that QuantMCU quantises, with its BitOPs. ``loss_increase``: the reference that
+measures: each map of each tile is rounded alone, the loss on labelled calibration images noted, and bits are lowered in the order of loss
+per BitOP saved until the BitOPs are QuantMCU's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neurarium.data import TensorData
 from neurarium.dynamic.live import trace_memory
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import PatchedModel, patch_inference
-from neurarium.dynamic.patch_quant import QuantisedModel, Statistics, outlier_share, quantmcu
+from neurarium.dynamic.patch_quant import QuantisedModel, Statistics, outlier_tiles, quantmcu
 from neurarium.experiments.dynamic import zoo
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 NET = MobileConfig(16, (Block(1, 16), Block(3, 24, 2), Block(3, 24), Block(3, 48, 2), Block(3, 48)), 0, 10)
 UNIFORM = {"uniform8": 8, "uniform4": 4, "uniform2": 2}
 COLOURS = {
-    "quantmcu": "#d55e00", "uniform8": "#333333", "uniform4": "#777777", "uniform2": "#bbbbbb", "no_vdpc": "#e69f00", "random_bits": "#cc79a7",
-    "loss_increase": "#009e73",
+    "quantmcu": "#d55e00", "uniform8": "#333333", "uniform4": "#777777", "uniform2": "#bbbbbb", "no_vdpc": "#e69f00",
+    "random_bits": "#cc79a7", "loss_increase": "#009e73",
 }  # fmt: skip
 LABELS = {
     "quantmcu": "QuantMCU", "uniform8": "8 bits", "uniform4": "4 bits", "uniform2": "2 bits", "no_vdpc": "all tiles searched",
@@ -44,7 +44,7 @@ LABELS = {
 
 def run(trial: Trial) -> None:
     def task() -> Any:
-        return zoo.cifar(trial, train=4_000, test=2_000)
+        return zoo.cifar(trial, train=3_500, test=1_500)
 
     def network() -> tuple[PatchedModel, Tensor, Tensor]:
         """The patched network, calibration images and their labels."""
@@ -72,12 +72,11 @@ def run(trial: Trial) -> None:
         elif arm.name == "random_bits":
             model = _random(patched, images, found, trial.seed)
         else:
-            model = _by_loss(patched, images[:48], labels[:48], found)
+            model = _by_loss(patched, images[:32], labels[:32], found)
         arm.log_timed(search_seconds=time.perf_counter() - start)
         test = trial.shared("task", task).test
         with torch.no_grad():
             memory = trace_memory(model, test.x[:1])
-        shares = outlier_share(patched, images, 3.0)
         arm.log(
             accuracy=_accuracy(model, test),
             bitops=model.bitops / 1e6,
@@ -85,7 +84,7 @@ def run(trial: Trial) -> None:
             stage_bytes=model.plan().patch_peak,
             traced_bytes=memory.peak,
             planned_bytes=model.plan().peak,
-            outlier_tiles=sum(s > 1e-3 for s in shares) / len(shares),
+            outlier_tiles=float(np.mean(outlier_tiles(patched, images, 3.0))),
             mean_bits=float(model.bits.double().mean()),
         )
         arm.grid("bits", model.bits.numpy())
@@ -98,15 +97,15 @@ def _accuracy(model: torch.nn.Module, data: TensorData) -> float:
         return float(torch.cat([model(x).argmax(1) == y for x, y in data.batches(500, shuffle=False)]).double().mean())
 
 
-def _searched(found: QuantisedModel, patched: PatchedModel, images: Tensor) -> list[int]:
+def _searched(patched: PatchedModel, images: Tensor) -> list[int]:
     """The tiles without outliers."""
-    return [t for t, share in enumerate(outlier_share(patched, images, 3.0)) if share <= 1e-3]
+    return [t for t, loud in enumerate(outlier_tiles(patched, images, 3.0)) if not loud]
 
 
 def _random(patched: PatchedModel, images: Tensor, found: QuantisedModel, seed: int) -> QuantisedModel:
     """Random bits, then random changes until the operations are within 1 % of ``found``'s."""
     r, statistics, table = random.Random(seed), Statistics.collect(patched, images), torch.full(found.bits.shape, 8)
-    cells = [(t, i) for t in _searched(found, patched, images) for i in range(table.shape[1])]
+    cells = [(t, i) for t in _searched(patched, images) for i in range(table.shape[1])]
     for t, i in cells:
         table[t, i] = r.choice((8, 4, 2))
     model = QuantisedModel(patched, statistics, table)
@@ -131,17 +130,19 @@ def _by_loss(patched: PatchedModel, images: Tensor, labels: Tensor, found: Quant
 
     base, full = measured(table)
     options = []
-    for t in _searched(found, patched, images):
+    for t in _searched(patched, images):
         for i in range(table.shape[1]):
             for b in (4, 2):
                 one = table.clone()
                 one[t, i] = b
                 loss, operations = measured(one)
                 options.append(((loss - base) / max(full - operations, 1), t, i, b))
+    model = QuantisedModel(patched, statistics, table)
     for _, t, i, b in sorted(options):
-        if QuantisedModel(patched, statistics, table).stage_bitops <= found.stage_bitops:
+        if model.stage_bitops <= found.stage_bitops:
             break
         table[t, i] = min(int(table[t, i]), b)
+        model.table = table.tolist()
     return QuantisedModel(patched, statistics, table)
 
 
@@ -162,7 +163,7 @@ def figure(record: RecordView, fig: Figure) -> None:
         bits = np.mean(record.grids("quantmcu", "bits"), 0)
         image = maps.imshow(bits, cmap="viridis", vmin=2, vmax=8, aspect="auto")
         for (t, i), b in np.ndenumerate(bits):
-            maps.text(i, t, f"{b:.3g}", ha="center", va="center", color="white" if b < 6 else "black", fontsize=8)
+            maps.text(i, t, f"{b:.2g}", ha="center", va="center", color="white" if b < 6 else "black", fontsize=8)
         fig.colorbar(image, ax=maps, label="bits, mean of the seeds")
         maps.set(xlabel="map, from the image on", ylabel="tile", title="What QuantMCU chose")
     fig.tight_layout()
