@@ -1,7 +1,7 @@
 """A small decoder, pretrained on Shakespeare and frozen, is tuned on a mixture of four kinds of text by low-rank experts.
 
 All arms have about as many trainable weights: one LoRA of the experts' ranks together, or experts with different routers. They see the same
-batches; learning rates were chosen for each arm on other seeds.
+batches. On other seeds one learning rate of 0.005, 0.01 and 0.03 was the best for all that were compared.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from neurarium.lab import RecordView, Trial
 
-LAYERS, WIDTH, CONTEXT = 4, 64, 48
+LAYERS, WIDTH, CONTEXT = 4, 64, 32
 EXPERTS, RANK, SCALE = 8, 2, 2.0  # alpha / rank
 MOLA = (3, 6, 10, 13)  # experts by layer, in the proportion 2:4:6:8 and as many in all as the others have
-ENTROPY, BALANCE = 1e-2, 1e-3
+ENTROPY, BALANCE = 1e-2, 1e-3  # of the mean over layers
 TARGETS = ("q", "v", "up", "down")
 DOMAINS = ("wikitext", "sms", "upper", "reversed")
 NEVER = float("inf")
@@ -50,8 +50,8 @@ COLOURS = dict(zip(LABELS, ("#555555", "#0072b2", "#e69f00", "#009e73", "#d55e00
 
 
 def run(trial: Trial) -> None:
-    steps, rows = trial.scale(smoke=(4, 1), laptop=(140, 2))  # rows of each domain
-    every = max(1, steps // 7)
+    steps, rows = trial.scale(smoke=(4, 1), laptop=(180, 2))  # rows of each domain
+    every = max(1, steps // 6)
 
     def prepared() -> tuple[nn.Module, dict[str, Language]]:
         return pretrained(trial)
@@ -75,7 +75,7 @@ def run(trial: Trial) -> None:
             loss = F.cross_entropy(model(ids).flatten(0, 1), target.flatten())
             routers = routed(model)
             if entropy or balance:
-                loss = loss + torch.stack([m.auxiliary(entropy, balance) for m in routers.values()]).sum()
+                loss = loss + torch.stack([m.auxiliary(entropy, balance) for m in routers.values()]).mean()
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -111,7 +111,7 @@ def pretrained(trial: Trial) -> tuple[nn.Module, dict[str, Language]]:
     backwards = "\n".join(line[::-1] for line in play.split("\n"))
     texts = {"shakespeare": play, "wikitext": raw["wikitext-2"], "sms": raw["sms-spam"], "upper": play.upper(), "reversed": backwards}
     parts, vocabulary = language(texts)
-    trained = decoder(trial, parts["shakespeare"], vocabulary, layers=LAYERS, width=WIDTH, context=CONTEXT, steps=300)
+    trained = decoder(trial, parts["shakespeare"], vocabulary, layers=LAYERS, width=WIDTH, context=CONTEXT, steps=400)
     return trained.model, {name: parts[name] for name in DOMAINS}
 
 
