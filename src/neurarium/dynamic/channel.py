@@ -127,6 +127,10 @@ class _Plan:
             count = self.round((logits.sigmoid() > self.threshold).sum(1, keepdim=True), filters)
         else:
             count = torch.full_like(logits[:, :1], self.counts[layer.index], dtype=torch.int64)
+        if torch.compiler.is_exporting():  # ONNX has no stable sort: a filter's place is how many are before it
+            here, other = logits[:, :, None], logits[:, None, :]
+            earlier = torch.ones(filters, filters, dtype=torch.bool, device=logits.device).tril(-1)
+            return ((other > here) | (other == here) & earlier).sum(2) < count
         order = logits.argsort(dim=1, descending=True, stable=True)
         first = torch.arange(filters, device=logits.device) < count
         return torch.zeros_like(first).scatter(1, order, first)
@@ -287,6 +291,9 @@ class FTWT(Policy):
 
     ``Outcome.choice`` is ``(n, layers)``: how many filters each layer kept. The layers' names are ``layers``.
     """
+
+    #: an exported program multiplies by masks instead of leaving filters out, and charges for it
+    exports_masked = True
 
     def __init__(
         self,
