@@ -435,7 +435,7 @@ class Program(nn.Module):
     def __init__(self, segments: Sequence[nn.Module], plan: Plan, examples: Sequence[tuple[Tensor, ...]] = (), backend: str = "eager"):
         super().__init__()
         self.segments, self.backend = nn.ModuleList(segments), backend
-        self.examples = list(examples)
+        self.shapes = [[(tuple(t.shape), t.dtype, str(t.device)) for t in tensors] for tensors in examples]
         self.host = _Host(asdict(plan), self._call, _Tensors)
         self.training = False
 
@@ -443,6 +443,11 @@ class Program(nn.Module):
         """A program is in evaluation mode, as its module was when it was split."""
         del mode
         return self
+
+    @property
+    def examples(self) -> list[tuple[Tensor, ...]]:
+        """Inputs of the segments' shapes, to trace with."""
+        return [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in s) for s in self.shapes]
 
     def _call(self, k: int, tensors: list[Tensor]) -> Sequence[Tensor]:
         return self.segments[k](*tensors)

@@ -109,7 +109,7 @@ def models(seed: int, names: tuple[str, ...]) -> dict[str, tuple[nn.Module, Any]
 
 
 def run(trial: Trial) -> None:
-    names = trial.scale(smoke=("jei-dnn", "cascade"), laptop=(*POLICIES, *PROGRAMS))
+    names = trial.scale(smoke=("sortednet", "cascade"), laptop=(*POLICIES, *PROGRAMS))
     repeats = trial.scale(smoke=2, laptop=7)
     tried = models(trial.seed, names)
     for arm in trial.arms(*ARMS):
@@ -119,7 +119,7 @@ def run(trial: Trial) -> None:
             with torch.no_grad():
                 compiled = attempt(arm.name, model, x)
                 want = singly(model, x)
-                right = same(partial(singly, compiled, x), want), same(partial(compiled or nothing, x), want)
+                right = same(partial(singly, compiled, x), want), same(partial(nothing if compiled is None else compiled, x), want)
                 works.append(float(compiled is not None))
                 one.append(float(right[0]))
                 all_at_once.append(float(right[1]))
