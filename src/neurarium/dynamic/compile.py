@@ -505,7 +505,10 @@ class Program(nn.Module):
         free = torch.export.Dim("n", min=1, max=2**16)
         dims = [{0: free} if t.ndim and len(t) == n > 1 else None for t in example]
         with torch.no_grad():
-            return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            try:
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            except (ValueError, RuntimeError):  # len(x) is a constant to it
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),), strict=True)
 
     def _onnx(self) -> list[bytes]:
         for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -602,6 +605,7 @@ def _quick_exporter() -> Iterator[None]:
     """The ONNX exporter without its remarks, and with its table of operators made once instead of once a segment."""
     log = logging.getLogger("torch.onnx")
     level, table, make = log.level, None, None
+    log.setLevel(logging.ERROR)
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry as table
 
@@ -612,7 +616,6 @@ def _quick_exporter() -> Iterator[None]:
         )
     except (ImportError, KeyError, AttributeError, TypeError):  # another version: slower, and as good
         make = None
-    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

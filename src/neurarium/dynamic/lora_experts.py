@@ -131,12 +131,14 @@ class DynMoLE(nn.Module):
             return x.new_ones(len(x), 1, dtype=precise)
         return F.linear(x.to(precise), self.router.to(precise)).softmax(-1)
 
+    @torch.no_grad()
     def choose(self, p: Tensor) -> Tensor:
         """Which experts are used, bool, of the shape of p."""
         if self.router is None:
             return torch.ones_like(p, dtype=torch.bool)
-        most = tsallis_entropy(torch.full((self.experts,), 1 / self.experts, dtype=torch.float64), self.entropic_index).item()
-        soft = tsallis_entropy(p, self.entropic_index) / most > self.entropy_threshold
+        q = self.entropic_index
+        most = math.log(self.experts) if q == 1 else (1 - self.experts ** (1 - q)) / (q - 1)
+        soft = tsallis_entropy(p, q) / most > self.entropy_threshold
         ordered, order = torch.sort(p, dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # so the expert that crosses top_p is kept
         keep = (before < self.top_p) | (torch.arange(self.experts, device=p.device) < self.top_k)

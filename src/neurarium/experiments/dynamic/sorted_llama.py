@@ -55,7 +55,7 @@ COLOURS = dict(zip(LABELS, ("#d55e00", "#555555", "#0072b2", "#cc79a7", "#009e73
 
 def run(trial: Trial) -> None:
     depths = trial.scale(smoke=(1, 2, 4), laptop=(2, 3, 4, 5, 6, 8))
-    steps, context = trial.scale(smoke=(15, 32), laptop=(200, 64))
+    steps, context = trial.scale(smoke=(15, 32), laptop=(160, 64))
     half, full = depths[-1] // 2, depths[-1]
 
     def texts() -> tuple[dict[str, Language], str]:
@@ -103,7 +103,7 @@ def run(trial: Trial) -> None:
 
 def checkpoint(trial: Trial, known: dict[str, Language], vocabulary: str, layers: int, context: int) -> Decoder:
     """A decoder pretrained under one seed for all trials, kept on disk."""
-    text, steps, width = known["wikitext-2"], *trial.scale(smoke=(20, 32), laptop=(1000, 64))
+    text, steps, width = known["wikitext-2"], *trial.scale(smoke=(20, 32), laptop=(800, 64))
 
     def make() -> nn.Module:
         model = Decoder(len(vocabulary), width=width, layers=layers, context=context)
