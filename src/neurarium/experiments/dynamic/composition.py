@@ -4,7 +4,7 @@ A network of inverted residuals is trained on CIFAR-10 as a family of four neste
 
 - ``whole``: the widest network of the family, layer by layer, float32;
 - ``sorted``: SortedNet's choice for a budget of 60 % of its FLOPs;
-- ``exits``: that network with two exits, whose heads are trained on it as it is, and thresholds calibrated for 75 % of its FLOPs;
+- ``exits``: that network with two exits, whose heads and gates JEI-DNN trains on it as it is, calibrated for 75 % of its FLOPs;
 - ``tiles``: the same policy, its first segment run in tiles;
 - ``bits``: the same policy with 8 bits for weights and maps, also between the segments.
 
@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
+from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.live import trace_memory
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import patch_inference
@@ -63,8 +64,8 @@ def run(trial: Trial) -> None:
         prices = policy.prices(train.x[:1])
         chosen = policy.configs[policy.pick(train.x[:1], budget=BUDGET * int(prices.max()))]
         staged = with_exits(policy.family.extract(chosen).eval(), train.x[:2], cuts=["2", "4"])
-        early = EarlyExit(staged, frozen=True)
-        _fit(early, train, trial.scale(smoke=1, laptop=2), trial)
+        early = JEIDNN(staged, tradeoff=0.5, alternate=max(1, len(train) // 400), warmup_epochs=1)
+        _fit(early, train, trial.scale(smoke=2, laptop=4), trial)
         early.calibrate(held.batches(500, shuffle=False))
         return early.use(held.x[:1], budget=EXIT_BUDGET * early.costs(held.x[:1]).full)
 

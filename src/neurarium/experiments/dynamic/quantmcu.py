@@ -52,7 +52,7 @@ def run(trial: Trial) -> None:
         model = mobile_net(NET)
         zoo.train(model, data.train.batches(100, seed=trial.seed), epochs=trial.scale(smoke=1, laptop=5), lr=1e-2, seed=trial.seed)
         images, labels = data.train.x[:128], data.train.y[:128]
-        return patch_inference(model, images, patches=(3, 3), split="2"), images, labels
+        return patch_inference(model, images, patches=trial.scale(smoke=(1, 2), laptop=(3, 3)), split="2"), images, labels
 
     def values() -> QuantisedModel:
         patched, images, _ = trial.shared("network", network)
