@@ -119,10 +119,10 @@ class DynMoLE(nn.Module):
         w = (w / w.sum(-1, keepdim=True)).to(z.dtype)
         z = self.dropout(z)
         if torch.compiler.is_exporting():  # one graph, the same for all tokens
-            return y + self.scaling * self._dense(z, w).view_as(y)
+            return y.add(self._dense(z, w).view_as(y), alpha=self.scaling)
         self._routing = p, used, x.shape[:-1]
         delta = self._dense(z, w) if self.dispatch == "dense" else self._sparse(z, w, used)
-        return y + self.scaling * delta.view_as(y)
+        return y.add(delta.view_as(y), alpha=self.scaling)
 
     def probabilities(self, x: Tensor) -> Tensor:
         """p, ``(tokens, experts)``, in float32 at least: half precision would decide ties between experts by rounding."""
@@ -146,7 +146,10 @@ class DynMoLE(nn.Module):
 
     def _dense(self, z: Tensor, w: Tensor) -> Tensor:
         """sum_e w_e B_e A_e z over all experts, by two products."""
-        h = F.linear(z, self.down.flatten(0, 1)).unflatten(1, (self.experts, self.rank)) * w[..., None]
+        h = F.linear(z, self.down.flatten(0, 1))
+        if self.router is None:
+            return F.linear(h, self.up[0])
+        h = h.unflatten(1, (self.experts, self.rank)) * w[..., None]
         return F.linear(h.flatten(1), self.up.transpose(0, 1).flatten(1))
 
     def _sparse(self, z: Tensor, w: Tensor, used: Tensor) -> Tensor:
