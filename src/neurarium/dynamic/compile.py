@@ -454,6 +454,7 @@ class Program(nn.Module):
         self.shapes = [[(tuple(t.shape), t.dtype, str(t.device)) for t in tensors] for tensors in examples]
         numpy = backend == "onnx"  # there the host, too, works on numpy: small tensors cost more than the work on them
         self.host = _Host(asdict(plan), self._call_numpy if numpy else self._call, Arrays if numpy else _Tensors)
+        self._sessions = [(s.session, s.names) for s in segments] if numpy else []
         self.structure = treespec_loads(plan.structure)
         self.training = False
 
@@ -471,8 +472,8 @@ class Program(nn.Module):
         return self.segments[k](*tensors)
 
     def _call_numpy(self, k: int, arrays: list[Any]) -> Sequence[Any]:
-        segment = self._modules["segments"][k]
-        return segment.session.run(None, dict(zip(segment.names, arrays)))
+        session, names = self._sessions[k]
+        return session.run(None, dict(zip(names, arrays)))
 
     @property
     def plan(self) -> Plan:
