@@ -238,7 +238,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     names = [arm for arm in ("proard", "random", "no_kd", "separate") if arm in record.arms]
     cost = [record.mean(arm, "train_flops") / 1e9 / (1 if arm == "separate" else 12) for arm in names]
     bars.bar(range(len(names)), cost, color=[COLOURS[a] for a in names])
-    bars.set_xticks(range(len(names)), [LABELS[a].replace(" from the", "\nfrom the").replace(", ", ",\n") for a in names], fontsize=8)
+    bars.set_xticks(range(len(names)), [LABELS[a].replace(" ", "\n") for a in names], fontsize=8)
     bars.set(ylabel="training GFLOPs a student", title="What a student cost")
     for ax in (scatter, front):
         ax.grid(alpha=0.25)
