@@ -16,6 +16,7 @@ from neurarium.dynamic.decoder import Decoder
 from neurarium.dynamic.elastic import Config, ElasticFamily, active, extract
 from neurarium.dynamic.exits import EarlyExit, ExitChain, with_exits
 from neurarium.dynamic.family import FamilyPolicy
+from neurarium.dynamic.flops import register_attention
 from neurarium.dynamic.gates import Entropy, LearnedGate, Margin, MaxProb, Patience, Spread
 from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transform, tsallis_entropy
@@ -35,6 +36,8 @@ from neurarium.dynamic.stitch import SNNet, stitch
 from neurarium.dynamic.tips import TIPS, path_importance
 from neurarium.dynamic.tokens import dpc_knn, hourglass, kept_frames, prune_tokens
 from neurarium.dynamic.train import CachedStages, fit_policy, measure
+
+register_attention()
 
 __all__ = [
     "FTWT",
