@@ -53,7 +53,8 @@ def check_program(policy: Any, program: Program, x: Any) -> None:
         budget, seven = float(menu[i]["cost"]), take(x, torch.arange(min(7, rows(x))))
         if isinstance(policy, FamilyPolicy) and policy.pick(x, budget=budget) != menu[i]["setting"]:
             continue  # only some configurations were exported
-        _compare(program, program.decide(seven, budget=budget), _decided(policy, seven, budget=budget), rows(seven), f" (budget {budget:.0f})")
+        want = _decided(policy, seven, budget=budget)
+        _compare(program, program.decide(seven, budget=budget), want, rows(seven), f" (budget {budget:.0f})")
 
 
 def _decided(policy: Any, x: Any, **setting: float) -> Outcome:
