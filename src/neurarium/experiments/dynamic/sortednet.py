@@ -53,14 +53,14 @@ Step = Callable[[Tensor, Tensor, int], tuple[Tensor, Iterable[Config]]]
 
 def run(trial: Trial) -> None:
     def data() -> Graded:
-        return trial.shared("task", lambda: task(trial, train=trial.scale(smoke=400, laptop=4000), test=1000))
+        return trial.shared("task", lambda: task(trial, train=trial.scale(smoke=300, laptop=4000), test=trial.scale(smoke=100, laptop=1000)))
 
     for arm in trial.arms("sorted", "truncate", "sandwich", "unsorted", "separate", "alone", "sorted40"):
         g, rate = data(), RATES[arm.name]
         family = sixteen(g)
         cost = prices(family, g.task.train.x[:1])
         # what two draws a step of the mean price need
-        total = BACKWARD * 50 * 2 * float(np.mean(list(cost.values()))) * trial.scale(smoke=8, laptop=400)
+        total = BACKWARD * 50 * 2 * float(np.mean(list(cost.values()))) * trial.scale(smoke=2, laptop=400)
         arm.log(**compare(arm.name, family, cost, g, total, rate, trial.seed))
 
 
