@@ -138,6 +138,22 @@ def test_extreme_thresholds_are_the_single_view_and_all_views(policy):
     assert (policy.decide(x, mode="masked").price == 7).all()
 
 
+def test_compact_masked_and_loop_agree(policy):
+    x, _ = _views(15, 8)
+    table = policy.costs(x)
+    for budget in torch.linspace(table.total[0], table.full, 4).tolist():
+        want = policy.decide(x, budget=budget)
+        for mode in ("masked", "loop"):
+            got = policy.decide(x, budget=budget, mode=mode)
+            assert torch.equal(got.choice, want.choice)
+            torch.testing.assert_close(got.output, want.output)
+        assert torch.equal(got.cost, want.cost) and torch.equal(got.price, want.price)
+        assert (policy.decide(x, budget=budget, mode="masked").cost == table.full).all()
+    torch.testing.assert_close(policy.masked(x), policy(x))
+    program = torch.export.export(policy, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), policy(x))
+
+
 def test_a_view_that_is_not_bought_is_not_read(policy):
     x, _ = _views(30, 6)
     out = policy.decide(x, price=3.0)

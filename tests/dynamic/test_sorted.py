@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from neurarium.dynamic.backbones import ElasticBackbone
+from neurarium.dynamic.compile import split
 from neurarium.dynamic.elastic import Config, ElasticFamily, ElasticLinear, Width, active, extract, full, grid
 from neurarium.dynamic.samplers import Sorted
 from neurarium.dynamic.slimmable import Slimmable
@@ -120,6 +121,15 @@ def test_sandwiches_teach_by_the_largest():
     assert policy.draw(0)[0] == full(model) and policy.draw(0)[1] == policy.configs[0] and len(policy.draw(0)) == 4
     only = Slimmable(ElasticFamily(model, [full(model)], x), draws=0)
     torch.testing.assert_close(only.loss(x, y), nn.functional.cross_entropy(model(x), y) / 2)  # its divergence from itself is 0
+
+
+def test_families_compile():
+    x, _ = batch(7)
+    policy = SortedNet(net().eval(), x, widths=(0.5, 1.0)).eval()
+    policy.use(x, budget=float(policy.prices(x)[1]))
+    program = split(policy, x)
+    for n in (1, 2, 7):
+        torch.testing.assert_close(program(x[:n]), policy(x[:n]))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])

@@ -9,7 +9,8 @@ from neurarium.dynamic import split
 class Impatient(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.exit, self.rest = nn.Linear(16, 32), nn.Linear(32, 4), nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
+        self.first, self.exit = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.rest = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
 
     def forward(self, x):
         h = torch.relu(self.first(x))

@@ -9,6 +9,7 @@ the cache, or are downloaded once from their canonical address; offline, :class:
 
 from neurarium.data.characters import baybayin
 from neurarium.data.faces import FaceTask, synthetic_faces
+from neurarium.data.fields import FieldTask, advected_field
 from neurarium.data.graphs import GraphTask, graph
 from neurarium.data.omics import ViewData, digit_views, multi_omics
 from neurarium.data.poses import PoseTask, pose_sequences
@@ -26,6 +27,7 @@ __all__ = [
     "AudioTask",
     "Batches",
     "FaceTask",
+    "FieldTask",
     "GraphTask",
     "ImageTask",
     "PoseTask",
@@ -36,6 +38,7 @@ __all__ = [
     "TextTask",
     "Texts",
     "ViewData",
+    "advected_field",
     "arma",
     "audio",
     "available",

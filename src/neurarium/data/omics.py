@@ -74,7 +74,7 @@ def multi_omics(
     strengths: Sequence[float] = (1.0, 0.8, 0.6),
     silent: float = 0.35,
     separation: float = 1.65,
-    noise: float = 2.0,
+    noise: float = 1.0,
     seed: int = 0,
 ) -> ViewData:
     """Patients of two classes in several blocks of features.

@@ -32,6 +32,7 @@ charges.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -51,7 +52,7 @@ from neurarium.dynamic import host as host_module
 from neurarium.dynamic.cost import evaluating
 from neurarium.dynamic.exits import EarlyExit
 from neurarium.dynamic.family import FamilyPolicy
-from neurarium.dynamic.host import Host
+from neurarium.dynamic.host import Arrays, Host
 from neurarium.dynamic.outcome import Policy
 from neurarium.dynamic.staged import step
 from neurarium.dynamic.tree import rows as count
@@ -397,6 +398,15 @@ def liveness(nodes: Sequence[Mapping[str, Any]]) -> list[set[str]]:
     return live
 
 
+_ONE, _NONE = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+
+
+@functools.lru_cache(4096)
+def _in(dtype: torch.dtype, tau: float) -> float:
+    """A threshold as the dtype of the score has it."""
+    return float(torch.tensor(tau, dtype=dtype))
+
+
 class _Tensors:
     """:class:`~neurarium.dynamic.host.Arrays` for tensors of any device."""
 
@@ -413,12 +423,18 @@ class _Tensors:
     @staticmethod
     def part(answer: Tensor, tau: float | None) -> tuple[Tensor, Tensor]:
         answer = answer.detach().reshape(-1)
+        if len(answer) == 1:  # one row: no need to look for where it is
+            return (_ONE, _NONE) if (bool(answer) if tau is None else float(answer) >= _in(answer.dtype, tau)) else (_NONE, _ONE)
         yes = answer.bool() if tau is None else answer >= torch.tensor(tau, dtype=answer.dtype, device=answer.device)
         return yes.nonzero().squeeze(1), (~yes).nonzero().squeeze(1)
 
     @staticmethod
     def nothing(shape: Sequence[int], dtype: str) -> Tensor:
         return torch.zeros(0, *shape, dtype=getattr(torch, dtype))
+
+
+def _tensor(array: Any) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 class _Host(Host):
@@ -435,8 +451,11 @@ class Program(nn.Module):
     def __init__(self, segments: Sequence[nn.Module], plan: Plan, examples: Sequence[tuple[Tensor, ...]] = (), backend: str = "eager"):
         super().__init__()
         self.segments, self.backend = nn.ModuleList(segments), backend
-        self.examples = list(examples)
-        self.host = _Host(asdict(plan), self._call, _Tensors)
+        self.shapes = [[(tuple(t.shape), t.dtype, str(t.device)) for t in tensors] for tensors in examples]
+        numpy = backend == "onnx"  # there the host, too, works on numpy: small tensors cost more than the work on them
+        self.host = _Host(asdict(plan), self._call_numpy if numpy else self._call, Arrays if numpy else _Tensors)
+        self._sessions = [(s.session, s.names) for s in segments] if numpy else []
+        self.structure = treespec_loads(plan.structure)
         self.training = False
 
     def train(self, mode: bool = True) -> Program:
@@ -444,8 +463,17 @@ class Program(nn.Module):
         del mode
         return self
 
+    @property
+    def examples(self) -> list[tuple[Tensor, ...]]:
+        """Inputs of the segments' shapes, to trace with."""
+        return [tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in s) for s in self.shapes]
+
     def _call(self, k: int, tensors: list[Tensor]) -> Sequence[Tensor]:
         return self.segments[k](*tensors)
+
+    def _call_numpy(self, k: int, arrays: list[Any]) -> Sequence[Any]:
+        session, names = self._sessions[k]
+        return session.run(None, dict(zip(names, arrays)))
 
     @property
     def plan(self) -> Plan:
@@ -457,9 +485,14 @@ class Program(nn.Module):
 
     def decide(self, x: Any, *, budget: float | None = None, threshold: float | None = None, config: int | None = None) -> Outcome:
         """As the policy's. An empty batch gives an empty output."""
-        said = self.host.decide(*self._inputs(x), budget=budget, threshold=threshold, config=config)
-        output = tree_unflatten(said["output"], treespec_loads(self.host.plan["structure"]))
-        device = said["output"][0].device
+        inputs = self._inputs(x)
+        device = inputs[0].device
+        if self.backend == "onnx":
+            said = self.host.decide(*(t.detach().cpu().numpy() for t in inputs), budget=budget, threshold=threshold, config=config)
+            said = {k: [torch.from_numpy(a).to(device) for a in v] if k == "output" else _tensor(v) for k, v in said.items()}
+        else:
+            said = self.host.decide(*inputs, budget=budget, threshold=threshold, config=config)
+        output = tree_unflatten(said["output"], self.structure)
         return Outcome(output, *(None if said[k] is None else said[k].to(device) for k in ("cost", "choice", "score", "price")))
 
     def _inputs(self, x: Any) -> list[Tensor]:
@@ -505,7 +538,10 @@ class Program(nn.Module):
         free = torch.export.Dim("n", min=1, max=2**16)
         dims = [{0: free} if t.ndim and len(t) == n > 1 else None for t in example]
         with torch.no_grad():
-            return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            try:
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),))
+            except (ValueError, RuntimeError):  # len(x) is a constant to it
+                return torch.export.export(segment, example, dynamic_shapes=(tuple(dims),), strict=True)
 
     def _onnx(self) -> list[bytes]:
         for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -602,6 +638,7 @@ def _quick_exporter() -> Iterator[None]:
     """The ONNX exporter without its remarks, and with its table of operators made once instead of once a segment."""
     log = logging.getLogger("torch.onnx")
     level, table, make = log.level, None, None
+    log.setLevel(logging.ERROR)
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry as table
 
@@ -612,7 +649,6 @@ def _quick_exporter() -> Iterator[None]:
         )
     except (ImportError, KeyError, AttributeError, TypeError):  # another version: slower, and as good
         make = None
-    log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

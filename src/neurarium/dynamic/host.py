@@ -34,6 +34,8 @@ class Arrays:
     def part(answer, tau):
         """Indices of the rows that say yes, and of the others."""
         yes = answer.reshape(-1).astype(bool) if tau is None else answer.reshape(-1) >= np.asarray(tau, answer.dtype)
+        if len(yes) == 1:
+            return ([0], []) if yes[0] else ([], [0])
         return np.flatnonzero(yes), np.flatnonzero(~yes)
 
     @staticmethod
@@ -92,15 +94,13 @@ class Host:
         if n == 0:
             empty = [ops.nothing(*o) for o in plan["output"]]
             return {"output": empty, "cost": ops.numbers(0), "choice": ops.numbers(0), "score": None, "price": None}
-        waiting = {0: [(ops.arange(n), ops.numbers(n), dict(zip(plan["inputs"], inputs)))]}
-        left, parted = [], False
-        while waiting:
-            at = min(waiting)  # a loop goes on until its last row has left, then all go on together
+        waiting, left, parted = {}, [], False
+        at, rows, cost, values = 0, ops.arange(n), ops.numbers(n), dict(zip(plan["inputs"], inputs))
+        while True:
             node = plan["nodes"][at]
-            rows, cost, values = self._meet(waiting.pop(at), node["live"])
             if node["do"] == "call":
                 values.update(zip(node["out"], self.call(node["segment"], [values[v] for v in node["in"]])))
-                ways = [(node["next"], rows, cost + node["cost"], values)]
+                ways = [(node["next"], rows, cost + node["cost"] if node["cost"] else cost, values)]
             elif node["do"] == "name":
                 values.update({to: values[of] for to, of in zip(node["out"], node["in"])})
                 ways = [(node["next"], rows, cost, values)]
@@ -117,9 +117,16 @@ class Host:
                     ways = [(node[way], *self._some(node[way], index, rows, cost, values)) for way, index in (("yes", yes), ("no", no))]
             else:
                 left.append(self._leave(node, rows, cost, values))
+                ways = []
+            if len(ways) == 1 and not waiting:
+                ((at, rows, cost, values),) = ways
                 continue
             for to, *group in ways:
                 waiting.setdefault(to, []).append(tuple(group))
+            if not waiting:
+                break
+            at = min(waiting)  # a loop goes on until its last row has left, then all go on together
+            rows, cost, values = self._meet(waiting.pop(at), plan["nodes"][at]["live"])
         parts = [ops.join(p) if len(p) > 1 else p[0] for p in zip(*left) if p[0] is not None]
         if parted:
             order = ops.order(parts[0])

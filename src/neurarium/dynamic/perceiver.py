@@ -134,7 +134,7 @@ class DynPerceiver(nn.Module):
         if k == 0:
             x = self.stem(x)
             # A clone: torch's FLOP counter trips over a view of a parameter that goes into a submodule.
-            z = self._look(0, x, self.latent.expand(len(x), -1, -1).clone())
+            z = self._look(0, x, self.latent.expand(x.shape[0], -1, -1).clone())
             for i in range(last - 1):
                 x, z = self._advance(i, x, z)
             y = self.heads[0](z.mean(1))

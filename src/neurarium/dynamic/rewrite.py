@@ -27,8 +27,8 @@ import builtins
 import copy
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +39,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from neurarium.dynamic.compile import Piece, Plan, Program, Rows, liveness, sample
 from neurarium.dynamic.cost import CostTable
+from neurarium.dynamic.regions import (
+    ANSWER,
+    RESULT,
+    Code,
+    Region,
+    assignment,
+    bare,
+    inside_out,
+    leaf_names,
+    load,
+    names_read,
+    names_written,
+    needs,
+    plain_result,
+    read_by_loop,
+    read_first,
+    rename,
+    replaced,
+    settle,
+)  # fmt: skip
 from neurarium.dynamic.tree import rows as count
 from neurarium.dynamic.tree import take
 from neurarium.errors import BadInput, UnsupportedModel
@@ -127,20 +147,6 @@ def _identity(value: Any) -> Any:
     return id(value)
 
 
-@dataclass
-class Region:
-    """Statements without a branch, and how they end: ``("go", node)``, ``("ask", yes, no)`` on ``ANSWER``, or ``("return", structure)``."""
-
-    start: dict[str, Any]  # samples of the variables at the beginning
-    code: list[ast.stmt] = field(default_factory=list)
-    live: set[str] = field(default_factory=set)  # read after it
-    renamed: dict[str, str] = field(default_factory=dict)  # after the code: which variables are the same as which
-    end: tuple[Any, ...] = ()
-
-
-ANSWER, RESULT = "_answer", "_result"
-
-
 class _Peek(Exception):
     pass
 
@@ -154,67 +160,14 @@ class _NoPeeking(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---- names
-
-
-def _loads(node: ast.AST | Sequence[ast.AST]) -> set[str]:
-    """Names read in an expression, less those that a comprehension or lambda binds."""
-    if isinstance(node, ast.AST):
-        bound = {n.id for c in ast.walk(node) if isinstance(c, ast.comprehension) for n in ast.walk(c.target) if isinstance(n, ast.Name)}
-        bound |= {a.arg for c in ast.walk(node) if isinstance(c, ast.Lambda) for a in c.args.args}
-        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - bound
-    return set().union(*(_loads(n) for n in node))
-
-
-def _stores(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def _live(body: Sequence[ast.stmt], out: set[str]) -> set[str]:
-    """Names that these statements, or what follows them, may read before they write them."""
-    for stmt in reversed(body):
-        match stmt:
-            case ast.Assign() | ast.AnnAssign():
-                targets = stmt.targets if isinstance(stmt, ast.Assign) else [stmt.target]
-                out = out - set().union(*(_stores(t) for t in targets)) | _loads(stmt)
-            case ast.AugAssign():
-                out = out | _loads(stmt) | _stores(stmt.target)
-            case ast.If():
-                out = _loads(stmt.test) | _live(stmt.body, out) | _live(stmt.orelse, out)
-            case ast.For():
-                out = _turns(stmt, out)
-            case ast.While():
-                out = _turns(stmt, out)
-            case _:
-                out = out | _loads(stmt)
-    return out
-
-
-def _turns(loop: ast.For | ast.While, out: set[str]) -> set[str]:
-    head, targets = (loop.iter, _stores(loop.target)) if isinstance(loop, ast.For) else (loop.test, set())
-    live, before = out | _loads(head), None
-    while live != before:
-        before, live = live, live | (_live(loop.body, live) - targets)
-    return live
-
-
 def _still_read(frames: Sequence[Frame]) -> set[str]:
     out: set[str] = set()
     for frame in frames:
         if frame.kind == "block":
-            out = _live(frame.node[frame.index :], out)
+            out = read_first(frame.node[frame.index :], out)
         elif frame.kind == "for" and frame.index + 1 < len(frame.items):
-            out = _turns(frame.node, out)
+            out = read_by_loop(frame.node, out)
     return out
-
-
-def _name(name: str) -> ast.Name:
-    return ast.Name(name, ast.Load())
-
-
-def _assign(target: ast.expr | str, value: ast.expr, like: ast.AST) -> ast.Assign:
-    where = ast.Name(target, ast.Store()) if isinstance(target, str) else target
-    return ast.copy_location(ast.Assign([where], value), like)
 
 
 def _tidy(frames: Sequence[Frame]) -> tuple[Frame, ...]:
@@ -244,6 +197,7 @@ class _Reader:
         self.rewritten: dict[int, list[ast.stmt]] = {}
         self.regions: list[Region] = []
         self.places: dict[Any, int] = {}
+        self.shapes: dict[Any, int] = {}  # how many kinds of tensors a place was reached with
         self.todo: list[tuple[int, tuple[Frame, ...], dict[str, Any]]] = []
         self.line = 0
 
@@ -288,7 +242,7 @@ class _Reader:
         outside = inspect.getclosurevars(function)
         free = {**vars(builtins), **function.__globals__, **outside.nonlocals}
         names = {a.arg for a in [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]}
-        names |= set().union(*(_stores(s) for s in tree.body)) if tree.body else set()
+        names |= set().union(*(names_written(s) for s in tree.body)) if tree.body else set()
         for node in ast.walk(tree):
             if isinstance(node, ast.Name):
                 if node.id in names:
@@ -343,7 +297,7 @@ class _Reader:
 
     def computed(self, expression: ast.AST, env: dict[str, Any]) -> bool:
         """Does it depend on the inputs?"""
-        return any(isinstance(env.get(name), Computed) or _mentions_rows(env.get(name)) for name in _loads(expression))
+        return any(isinstance(env.get(name), Computed) or _mentions_rows(env.get(name)) for name in names_read(expression))
 
     def bound(self, expression: ast.expr, env: dict[str, Any]) -> ast.expr:
         """The expression as code of a segment: what is known is put in, Python's numbers out of tensors stay tensors."""
@@ -363,8 +317,8 @@ class _Reader:
                 name = next(n for n in (f"{hint}{i or ''}" for i in range(len(self.held) + 1)) if n not in self.held)
                 self.held[name], self.named[id(value)] = value, name
                 self.kept.append(value)
-            return ast.Attribute(_name("self"), self.named[id(value)], ast.Load())
-        return _name(self.bind(value, hint))
+            return ast.Attribute(load("self"), self.named[id(value)], ast.Load())
+        return load(self.bind(value, hint))
 
     # -- following the program
 
@@ -383,8 +337,11 @@ class _Reader:
         )
         key = tuple(f.key for f in frames), known, kinds
         if key not in self.places:
-            if len(self.regions) >= MOST:
-                raise self.refuse(f"does not come back to a known place after {MOST} turns: bound the loop, or let `while` ask the tensor")
+            self.shapes[key[:2]] = self.shapes.get(key[:2], 0) + 1
+            if len(self.regions) >= MOST or self.shapes[key[:2]] > 8:
+                raise self.refuse(
+                    "comes to no known place again after many turns: bound the loop, keep shapes, or let `while` ask the tensor"
+                )
             self.kept.append((frames, env))
             self.places[key] = len(self.regions)
             self.regions.append(Region({name: v.sample for name, v in env.items() if isinstance(v, Computed)}))
@@ -494,7 +451,7 @@ class _Reader:
         """The return of a called method as an assignment where it was called."""
         key = "return", id(stmt), id(call)
         if key not in self.functions:
-            self.functions[key] = [_assign(call.targets[0], stmt.value, stmt)]
+            self.functions[key] = [assignment(call.targets[0], stmt.value, stmt)]
             self.kept.append((stmt, call))
         return self.functions[key]
 
@@ -505,28 +462,28 @@ class _Reader:
         new: list[ast.stmt] | None = None
         match stmt:
             case ast.AugAssign(target=ast.Name(id=name)):
-                new = [_assign(name, ast.BinOp(_name(name), stmt.op, stmt.value), stmt)]
+                new = [assignment(name, ast.BinOp(load(name), stmt.op, stmt.value), stmt)]
             case ast.AnnAssign(target=ast.Name(id=name)):
-                new = [_assign(name, stmt.value, stmt)] if stmt.value is not None else []
+                new = [assignment(name, stmt.value, stmt)] if stmt.value is not None else []
             case ast.Assign() if len(stmt.targets) > 1:
                 first = stmt.targets[0]
-                new = [_assign(first, stmt.value, stmt)]
-                new += [_assign(t, ast.Name(first.id, ast.Load()), stmt) for t in stmt.targets[1:] if isinstance(first, ast.Name)]
+                new = [assignment(first, stmt.value, stmt)]
+                new += [assignment(t, ast.Name(first.id, ast.Load()), stmt) for t in stmt.targets[1:] if isinstance(first, ast.Name)]
             case ast.Assign(targets=[ast.Tuple(elts=to)], value=ast.Tuple(elts=given)) if len(to) == len(given):
-                new = [_assign(f"_{i}", v, stmt) for i, v in enumerate(given)] + [
-                    _assign(t, _name(f"_{i}"), stmt) for i, t in enumerate(to)
+                new = [assignment(f"_{i}", v, stmt) for i, v in enumerate(given)] + [
+                    assignment(t, load(f"_{i}"), stmt) for i, t in enumerate(to)
                 ]
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[item])):
                 if name in env:
-                    both = [ast.Starred(_name(name), ast.Load()), item]
-                    new = [_assign(name, ast.List(both, ast.Load()), stmt)]
+                    both = [ast.Starred(load(name), ast.Load()), item]
+                    new = [assignment(name, ast.List(both, ast.Load()), stmt)]
             case ast.With(items=[ast.withitem(context_expr=ast.Call(func=called, args=[]), optional_vars=None)]):
                 if not self.computed(called, env) and self.evaluate(called, env) in (torch.no_grad, torch.inference_mode):
                     new = stmt.body
             case ast.Assign(targets=[target], value=ast.IfExp() as choice) if self.computed(choice.test, env):
                 new = [
                     ast.copy_location(
-                        ast.If(choice.test, [_assign(target, choice.body, stmt)], [_assign(target, choice.orelse, stmt)]), stmt
+                        ast.If(choice.test, [assignment(target, choice.body, stmt)], [assignment(target, choice.orelse, stmt)]), stmt
                     )
                 ]
             case ast.Return(value=ast.IfExp() as choice) if self.computed(choice.test, env):
@@ -561,7 +518,7 @@ class _Reader:
             return all(self.at_once(v, env) for v in test.values)
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return self.at_once(test.operand, env)
-        return self.computed(test, env) and not any(isinstance(n, ast.Call) for n in ast.walk(_bare(test)))
+        return self.computed(test, env) and not any(isinstance(n, ast.Call) for n in ast.walk(bare(test)))
 
     def unfold(self, stmt: ast.Assign | ast.Return | ast.If, env: dict[str, Any], depth: int) -> list[ast.stmt] | None:
         """Put a call that is to be followed, and ``modules[computed]``, into statements of their own."""
@@ -569,7 +526,7 @@ class _Reader:
         whole = getattr(stmt, where)
         if whole is None:
             return None
-        for node in _inside_out(whole):
+        for node in inside_out(whole):
             match node:
                 case ast.Subscript(value=listed, slice=index) if self.computed(index, env) and not self.computed(listed, env):
                     found = self.evaluate(listed, env)
@@ -581,20 +538,20 @@ class _Reader:
                     cases: list[ast.stmt] = []
                     for i in reversed(range(len(found))):
                         fixed = ast.Subscript(listed, ast.Constant(i), ast.Load())
-                        one = _replaced(stmt, where, node, fixed)
-                        test = ast.Compare(_name(name), [ast.Eq()], [ast.Constant(i)])
+                        one = replaced(stmt, where, node, fixed)
+                        test = ast.Compare(load(name), [ast.Eq()], [ast.Constant(i)])
                         cases = [ast.copy_location(ast.If(test, [one], cases), stmt)] if cases else [one]
-                    return [_assign(name, index, stmt), *cases]
+                    return [assignment(name, index, stmt), *cases]
                 case ast.Call() if self.follows(node, env) and not (node is whole and isinstance(stmt, ast.Assign)):
                     name = f"_call{depth}_{getattr(node, 'col_offset', 0)}"
-                    return [_assign(name, node, stmt), _replaced(stmt, where, node, _name(name))]
+                    return [assignment(name, node, stmt), replaced(stmt, where, node, load(name))]
         return None
 
     def follows(self, call: ast.Call, env: dict[str, Any]) -> Any:
         """The function behind a call of a module or method of the user's own that branches or loops; else nothing."""
         if self.computed(call.func, env) or not any(self.computed(a, env) for a in [*call.args, *(k.value for k in call.keywords)]):
             return None
-        if _loads(call.func) - set(env) - set(self.space):
+        if names_read(call.func) - set(env) - set(self.space):
             return None
         target = self.evaluate(call.func, env)
         owner = target if isinstance(target, nn.Module) else getattr(target, "__self__", None)
@@ -704,7 +661,7 @@ class _Reader:
 
     def loosen(self, loop: ast.While, env: dict[str, Any], region: Region) -> None:
         """Known numbers that a loop of unknown length changes become tensors."""
-        for name in sorted(set().union(*(_stores(s) for s in loop.body))):
+        for name in sorted(set().union(*(names_written(s) for s in loop.body))):
             known = env.get(name)
             if isinstance(known, Known) and isinstance(known.value, NUMBERS):
                 code = self.number(known.value, env)
@@ -713,7 +670,7 @@ class _Reader:
 
     def ask(self, test: ast.expr, yes: tuple[Frame, ...], no: tuple[Frame, ...], env: dict[str, Any], region: Region) -> None:
         """End a region with a question."""
-        code = self.bound(_bare(test) if self.rows == "each" else test, env)
+        code = self.bound(bare(test) if self.rows == "each" else test, env)
         answer = self.run(code, env)
         if not isinstance(answer, Tensor):
             size = self.size(code, answer, env)
@@ -726,7 +683,7 @@ class _Reader:
             raise self.refuse(
                 f"branches on a tensor of shape {tuple(answer.shape)}, not on one value a {'row' if self.rows == 'each' else 'batch'}{hint}"
             )
-        region.code.append(_assign(ANSWER, code, test))
+        region.code.append(assignment(ANSWER, code, test))
         region.end = "ask", self.go(yes, env), self.go(no, env)
 
     def give(self, value: ast.expr, env: dict[str, Any], region: Region) -> Any:
@@ -753,7 +710,7 @@ class _Reader:
 
     def assemble(self) -> Program:
         order = []
-        while order != (order := _settle(self.regions)):
+        while order != (order := settle(self.regions)):
             pass
         for r in order:
             rename(self.regions[r])
@@ -773,15 +730,15 @@ class _Reader:
                 takes = [name for name in region.start if name in needs(region.code)]
                 gives = {"ask": [ANSWER], "return": [RESULT] if plain is None else []}.get(region.end[0], [])
                 read = region.live | set(plain or ()) | set(region.renamed.values())
-                gives += sorted(set().union(*(_stores(s) for s in region.code)) & read - set(gives))
+                gives += sorted(set().union(*(names_written(s) for s in region.code)) & read - set(gives))
                 argument = tuple(region.start[name] for name in takes)
                 body = self.code(region.code, takes, gives)
                 piece = Piece(body, argument)
                 tensors = tuple(tree_leaves(argument))
                 with torch.no_grad():
                     results = body(argument)
-                names = [leaf_name for name, v in zip(gives, results) for leaf_name in _leaves(name, v)]
-                ins = [leaf_name for name, v in zip(takes, argument) for leaf_name in _leaves(name, v)]
+                names = [leaf_name for name, v in zip(gives, results) for leaf_name in leaf_names(name, v)]
+                ins = [leaf_name for name, v in zip(takes, argument) for leaf_name in leaf_names(name, v)]
                 self.check([*zip(ins, tensors), *zip(names, tree_leaves(results))])
                 key = body.source, tuple(body.held), tuple((t.shape, t.dtype) for t in tensors)
                 if key not in shared:
@@ -792,7 +749,7 @@ class _Reader:
                 nodes.append({"do": "call", "segment": shared[key], "in": ins, "out": names, "cost": cost, "next": len(nodes) + 1})
             if region.renamed:
                 kinds = {**region.start, **(dict(zip(gives, results)) if region.code else {})}
-                pairs = [pair for to, of in region.renamed.items() for pair in zip(_leaves(to, kinds[of]), _leaves(of, kinds[of]))]
+                pairs = [pair for to, of in region.renamed.items() for pair in zip(leaf_names(to, kinds[of]), leaf_names(of, kinds[of]))]
                 to, of = map(list, zip(*pairs))
                 nodes.append({"do": "name", "out": to, "in": of, "next": len(nodes) + 1})
             match region.end:
@@ -803,7 +760,7 @@ class _Reader:
                         raise self.refuse("never ends")
                     nodes[-1].update(next=to, open=True)
                 case ("return", result):
-                    names = _leaves(RESULT, result) if plain is None else list(plain)
+                    names = leaf_names(RESULT, result) if plain is None else list(plain)
                     spec = treespec_dumps(tree_flatten(result)[1])
                     kind = [
                         (list(t.shape[1 if self.rows == "each" or t.ndim else 0 :]), str(t.dtype).removeprefix("torch."))
@@ -821,7 +778,7 @@ class _Reader:
                         node[way] = entry[node[way]]
         for node, alive in zip(nodes, liveness(nodes)):
             node["live"] = sorted(alive)
-        inputs = [leaf_name for name, v in self.inputs.items() for leaf_name in _leaves(name, v)]
+        inputs = [leaf_name for name, v in self.inputs.items() for leaf_name in leaf_names(name, v)]
         return Program(segments, Plan(nodes, inputs, output, structure, rows=self.rows), examples)
 
     def check(self, values: Sequence[tuple[str, Tensor]]) -> None:
@@ -841,7 +798,7 @@ class _Reader:
         return counter.get_total_flops() // self.n
 
     def code(self, statements: list[ast.stmt], takes: list[str], gives: list[str]) -> Code:
-        names = set().union(*(_loads(s) for s in statements))
+        names = set().union(*(names_read(s) for s in statements))
         used = {
             n.attr
             for s in statements
@@ -855,201 +812,8 @@ class _Reader:
         return Code("\n".join(lines), {name: v for name, v in self.held.items() if name in used}, space)
 
 
-class Code(nn.Module):
-    """Generated code with what it uses; ``source`` can be read."""
-
-    def __init__(self, source: str, held: dict[str, Any], space: dict[str, Any]) -> None:
-        super().__init__()
-        self.source, self.space, self.held = source, space, tuple((n, id(v)) for n, v in held.items())
-        for name, value in held.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            elif isinstance(value, Tensor):
-                self.register_buffer(name, value)
-            else:
-                self.add_module(name, value)
-        self._build()
-
-    def _build(self) -> None:
-        space = dict(self.space)
-        exec(compile(self.source, "<segment>", "exec"), space)
-        self.function = space["forward"]
-
-    def forward(self, argument: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.function(self, *argument)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        del state["function"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._build()
-
-
-def _leaves(name: str, value: Any) -> list[str]:
-    return [name] if isinstance(value, Tensor) else [f"{name}.{i}" for i in range(len(tree_leaves(value)))]
-
-
-def _ways(region: Region) -> list[int]:
-    return [] if region.end[0] == "return" else list(region.end[1:])
-
-
-def plain_result(region: Region) -> list[str] | None:
-    """The variables that a region returns, if it returns nothing else."""
-    if region.end[0] != "return" or not region.code:
-        return None
-    value, made = region.code[-1].value, region.end[1]
-    parts = value.elts if isinstance(value, ast.Tuple) else [value]
-    leaves = made if isinstance(value, ast.Tuple) else [made]
-    if all(isinstance(part, ast.Name) for part in parts) and all(isinstance(leaf, Tensor) for leaf in leaves):
-        return [part.id for part in parts]
-    return None
-
-
-def needs(code: Sequence[ast.stmt]) -> set[str]:
-    """Variables that are read before they are written."""
-    return _live(code, set())
-
-
-def _settle(regions: list[Region]) -> list[int]:
-    fuse(regions)
-    return prune(regions)
-
-
-def rename(region: Region) -> None:
-    """Take out assignments of one variable to another: the host only renames."""
-    code, alias = [], {}
-    for i, stmt in enumerate(region.code):
-        later = set().union(*(_stores(s) for s in region.code[i + 1 :]))
-        for node in ast.walk(stmt):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                node.id = alias.get(node.id, node.id)
-        match stmt:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Name(id=source)) if (
-                name not in (ANSWER, RESULT) and not {name, source} & later
-            ):
-                alias[name] = source
-            case _:
-                code.append(stmt)
-    region.code = code
-    region.renamed = {name: source for name, source in alias.items() if name in region.live}
-
-
-def fuse(regions: list[Region]) -> None:
-    """Skip regions without statements; join a region with the only one that leads to it."""
-
-    for region in regions:
-        if region.end[0] == "ask" and region.end[1] == region.end[2]:
-            region.end = "go", region.end[1]
-
-    def target(r: int) -> int:
-        seen = set()
-        while not regions[r].code and regions[r].end[0] == "go" and r not in seen:
-            seen.add(r)
-            r = regions[r].end[1]
-        return r
-
-    for region in regions:
-        if region.end[0] != "return":
-            region.end = region.end[0], *(target(r) for r in region.end[1:])
-            if len(set(region.end[1:])) == 1:
-                region.end = "go", region.end[1]  # whatever the answer is
-    changed = True
-    while changed:
-        changed = False
-        reached = _reach(regions)
-        before = [w for r in reached for w in _ways(regions[r])]
-        for r in reached:
-            region = regions[r]
-            if region.end[0] == "go" and region.end[1] != r and region.end[1] != 0 and before.count(region.end[1]) == 1:
-                after = regions[region.end[1]]
-                region.code, region.end, changed = [*region.code, *after.code], after.end, True
-                break
-
-
-def _reach(regions: list[Region]) -> list[int]:
-    """Regions in an order in which a loop's body comes before what follows the loop."""
-    done: list[int] = []
-    seen = {0}
-    stack: list[tuple[int, Iterator[int]]] = [(0, iter(reversed(_ways(regions[0]))))]
-    while stack:
-        way = next(stack[-1][1], None)
-        if way is None:
-            done.append(stack.pop()[0])
-        elif way not in seen:
-            seen.add(way)
-            stack.append((way, iter(reversed(_ways(regions[way])))))
-    return done[::-1]
-
-
-def prune(regions: list[Region]) -> list[int]:
-    """Drop statements whose results nobody reads; note what is read after each region."""
-    order = _reach(regions)
-    before: dict[int, set[str]] = {r: set() for r in order}
-    changed = True
-    while changed:
-        changed = False
-        for r in reversed(order):
-            region = regions[r]
-            region.live = set().union(*(before[w] for w in _ways(region)))
-            out = region.live | {"ask": {ANSWER}, "return": {RESULT}}.get(region.end[0], set())
-            now = _needed(region.code, out)[1]
-            if now != before[r]:
-                before[r], changed = now, True
-    for r in order:
-        region = regions[r]
-        out = region.live | {"ask": {ANSWER}, "return": {RESULT}}.get(region.end[0], set())
-        region.code = _needed(region.code, out)[0]
-    return order
-
-
-def _needed(code: Sequence[ast.stmt], out: set[str]) -> tuple[list[ast.stmt], set[str]]:
-    kept: list[ast.stmt] = []
-    for stmt in reversed(code):
-        if _stores(stmt) & out:
-            kept.append(stmt)
-            out = _live([stmt], out)
-    return kept[::-1], out
-
-
 def _mentions_rows(known: Any) -> bool:
     return isinstance(known, Known) and any(leaf is ROWS for leaf in tree_leaves(known.value))
-
-
-def _inside_out(node: ast.AST) -> Iterator[ast.AST]:
-    """Expressions in the order in which they are computed, but for those that may not be."""
-    if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)):
-        return
-    inner = [node.test] if isinstance(node, ast.IfExp) else [node.values[0]] if isinstance(node, ast.BoolOp) else ast.iter_child_nodes(node)
-    for child in inner:
-        yield from _inside_out(child)
-    yield node
-
-
-def _replaced(stmt: Any, where: str, node: ast.AST, new: ast.AST) -> Any:
-    """A copy of a statement in which one node of an expression is another."""
-    made = copy.copy(stmt)
-    setattr(made, where, copy.deepcopy(getattr(stmt, where), {id(node): new}))
-    return made
-
-
-def _bare(test: ast.expr) -> ast.expr:
-    """A question without what changes nothing for a single row."""
-    match test:
-        case ast.Call(func=ast.Attribute(value=inner, attr="all" | "any" | "item"), args=[], keywords=[]):
-            return _bare(inner)
-        case ast.Call(func=ast.Attribute(attr="all" | "any"), args=[inner], keywords=[]) if not isinstance(inner, ast.Constant):
-            return _bare(inner)
-        case ast.Call(func=ast.Name(id="_bool"), args=[inner]):
-            return _bare(inner)
-    match test:
-        case ast.BoolOp():
-            return ast.BoolOp(test.op, [_bare(v) for v in test.values])
-        case ast.UnaryOp(op=ast.Not()):
-            return ast.UnaryOp(test.op, _bare(test.operand))
-    return test
 
 
 class _Bind(ast.NodeTransformer):
@@ -1057,7 +821,7 @@ class _Bind(ast.NodeTransformer):
         self.reader, self.env = reader, env
 
     def visit(self, node: ast.AST) -> Any:
-        names = _loads(node) if isinstance(node, ast.expr) else set()
+        names = names_read(node) if isinstance(node, ast.expr) else set()
         if (
             not isinstance(node, ast.expr)
             or isinstance(node, (ast.Constant, ast.Starred))
@@ -1087,6 +851,8 @@ class _Bind(ast.NodeTransformer):
         match node:
             case ast.Call(func=ast.Attribute(value=inner, attr="item"), args=[]):
                 return inner
+            case ast.Call(args=[inner], keywords=[]) if plain is len and self.is_tensor(inner):
+                return ast.Subscript(ast.Attribute(inner, "shape", ast.Load()), ast.Constant(0), ast.Load())
             case ast.Call(args=[inner], keywords=[]) if plain in (float, int, bool) and self.is_tensor(inner):
                 kind = {int: "long", bool: "bool"}.get(plain)
                 return inner if kind is None else ast.Call(ast.Attribute(inner, kind, ast.Load()), [], [])
@@ -1099,13 +865,13 @@ class _Bind(ast.NodeTransformer):
         both = torch.logical_and if isinstance(node.op, ast.And) else torch.logical_or
         first, *rest = node.values
         for other in rest:
-            first = ast.Call(_name(self.reader.bind(both, both.__name__)), [first, other], [])
+            first = ast.Call(load(self.reader.bind(both, both.__name__)), [first, other], [])
         return first
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         node = self.generic_visit(node)
         if isinstance(node.op, ast.Not) and self.is_tensor(node.operand):
-            return ast.Call(_name(self.reader.bind(torch.logical_not, "logical_not")), [node.operand], [])
+            return ast.Call(load(self.reader.bind(torch.logical_not, "logical_not")), [node.operand], [])
         return node
 
     def visit_Compare(self, node: ast.Compare) -> Any:

@@ -41,7 +41,7 @@ LABELS = {
 
 
 def run(trial: Trial) -> None:
-    names = trial.scale(smoke=("early exit", "cascade"), laptop=tuple(PROGRAMS))
+    names = trial.scale(smoke=("cascade",), laptop=tuple(PROGRAMS))
     rows, many, repeats = trial.scale(smoke=(32, 8, 2), laptop=(200, 64, 7))
     x = inputs(rows, torch.Generator().manual_seed(1000 + trial.seed))
     programs = make(names, trial.seed)
@@ -142,7 +142,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     arms = [a for a in ARMS if a in record.arms]
     consistent = np.array([record.values(a, "consistent").mean(0) for a in arms])
     success = np.array([record.values(a, "success").mean(0) for a in arms])
-    names = list(PROGRAMS)[: consistent.shape[1]] if consistent.shape[1] != 2 else ["early exit", "cascade"]
+    names = list(PROGRAMS) if consistent.shape[1] == len(PROGRAMS) else ["cascade"]
     state = np.where(consistent > 0.99, 2, np.where(success > 0, 1, 0))
     from matplotlib.colors import ListedColormap
 

@@ -1,4 +1,4 @@
-"""Ten small programs whose path depends on what they compute, as people write them: one input at a time, with ``if``, ``while`` and ``break``.
+"""Ten small programs whose path depends on what they compute, as people write them: for one input, with ``if``, ``while`` and ``break``.
 
 Weights are random. Thresholds are then set to medians of what is compared with them, so that every way is taken. ``cond(x)``, where there
 is one, is the same program written by hand with ``torch.cond``.

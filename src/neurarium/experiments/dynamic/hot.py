@@ -79,7 +79,7 @@ def small(trial: Trial, task: PoseTask, target: float) -> VideoPoseTransformer:
 def figure(record: RecordView, fig: Figure) -> None:
     """Error against FLOPs, error on slow and fast frames, and which frames are kept."""
     fig.set_size_inches(11, 7)
-    grid = fig.add_gridspec(2, 2, height_ratios=(1.3, 1), hspace=0.32, wspace=0.24)
+    grid = fig.add_gridspec(2, 2, height_ratios=(1.3, 1), hspace=0.05, wspace=0.04)
     cost, bars, time = fig.add_subplot(grid[0, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, :])
     arms = [a for a in LABELS if a in record.arms]
     full = record.values("full", "flops").mean() if "full" in record.arms else 1.0

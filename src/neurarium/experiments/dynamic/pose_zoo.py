@@ -26,7 +26,7 @@ __all__ = [
     "untrained",
 ]  # fmt: skip
 
-PRETRAINING, FINETUNING = 16, 10  # epochs
+PRETRAINING, FINETUNING = 15, 15  # epochs
 RATE, BATCH = 2e-3, 32
 
 
@@ -54,9 +54,9 @@ def host(trial: Trial, task: PoseTask) -> nn.Module:
     return _kept("pose", trial, task, partial(untrained, trial, task), PRETRAINING)
 
 
-def finetuned(trial: Trial, task: PoseTask) -> nn.Module:
+def finetuned(trial: Trial, task: PoseTask, epochs: int = FINETUNING) -> nn.Module:
     """The full transformer, trained on for as long as the arms are."""
-    return _kept("pose-on", trial, task, lambda: host(trial, task), FINETUNING)
+    return _kept("pose-on", trial, task, lambda: host(trial, task), epochs)
 
 
 def _kept(name: str, trial: Trial, task: PoseTask, make: Callable[[], nn.Module], epochs: int) -> nn.Module:
@@ -67,8 +67,8 @@ def _kept(name: str, trial: Trial, task: PoseTask, make: Callable[[], nn.Module]
         return make()
 
     code = "".join(map(inspect.getsource, (decoder, pose)))
-    mark = {"shape": list(task.train.x.shape), "sum": float(task.train.x.double().sum()), "code": hashlib.sha256(code.encode()).hexdigest()}
-    return trained(name, trial, build, fit, **mark)
+    mark = {"shape": list(task.train.x.shape), "sum": float(task.train.x.double().sum()), "epochs": epochs}
+    return trained(name, trial, build, fit, code=hashlib.sha256(code.encode()).hexdigest(), **mark)
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def curve(arm: Any, name: str, policy: SGUQ, asked: Asked) -> None:
 def figure(record: RecordView, fig: Figure) -> None:
     """Accuracy against views bought, with who stops where, for both tasks."""
     fig.set_size_inches(11, 6.5)
-    axes = fig.subplots(2, 2, gridspec_kw={"height_ratios": (2.2, 1), "hspace": 0.35, "wspace": 0.2})
+    axes = fig.subplots(2, 2, gridspec_kw={"height_ratios": (2.2, 1), "hspace": 0.32, "wspace": 0.2, "bottom": 0.15})
     for column, name in enumerate(TASKS):
         ax, bars = axes[0, column], axes[1, column]
         if "sguq" in record.arms:
@@ -173,4 +173,4 @@ def figure(record: RecordView, fig: Figure) -> None:
                 left += float(share[k])
         bars.set_yticks(range(len(shown)), [{"sguq": "spread", "max_prob": "max. prob."}[a] for a in shown])
         bars.set(xlim=(0, 1), xlabel="share of test rows")
-        bars.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.35), frameon=False)
+        bars.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.32), frameon=False)

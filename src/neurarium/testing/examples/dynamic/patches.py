@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import PatchedModel, patch_inference
+from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
 from neurarium.testing.example import Example
 
 
@@ -25,6 +26,21 @@ def mcunetv2() -> Example:
 
     def apply(model: nn.Module) -> PatchedModel:
         return patch_inference(model, _images(1, 0), patches=(2, 2), split="2")
+
+    return Example(
+        "transform",
+        model=_model,
+        apply=apply,
+        inputs=lambda n, seed: (_images(n, seed),),
+        unsupported=lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Sequential(nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 8, 3)),
+    )
+
+
+def quantmcu_() -> Example:
+    """The same network with few bits where the values of a tile allow it."""
+
+    def apply(model: nn.Module) -> QuantisedModel:
+        return quantmcu(patch_inference(model, _images(1, 0), patches=(2, 2), split="2"), _images(8, 1), lam=0.3, outlier_z=float("inf"))
 
     return Example(
         "transform",
