@@ -283,11 +283,7 @@ def figure(record: RecordView, fig: Figure) -> None:
         ax.set_yticks(range(len(arms)), [LABELS[a] for a in arms] if ax is cost else [])
         ax.invert_yaxis()
         ax.grid(alpha=0.25, axis="x")
-    cost.set(xlabel="FLOPs a row / full", title=f"Cost: clean (open), slowed down at eps {EPS:g} (full)", xlim=(0, 1.02))
-    right.set(xlabel="accuracy", title="Accuracy on the same inputs")
-    early.set(
-        xlabel="share of rows",
-        title="Early attack: all cheap readouts wrong (dark),\nanswer wrong (light), the dearest as before",
-        xlim=(0, 1),
-    )
+    cost.set(xlabel="FLOPs a row / full", title="Cost: clean ○, slowed down ●", xlim=(0, 1.02))
+    right.set(xlabel="accuracy", title="Accuracy: clean ○, slowed down ●")
+    early.set(xlabel="share of rows", title="Early attack: cheap readouts wrong,\nlight: the answer given as well", xlim=(0, 1))
     fig.tight_layout()
