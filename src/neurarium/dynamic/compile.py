@@ -576,7 +576,13 @@ class Program(nn.Module):
         return Program([copy.deepcopy(s, memo) for s in self.segments], copy.deepcopy(self.plan), self.examples, self.backend)
 
     def __reduce__(self) -> Any:
-        return Program, (list(self.segments), self.plan, self.examples, self.backend)
+        return _restored, (list(self.segments), self.plan, self.shapes, self.backend)
+
+
+def _restored(segments: list[nn.Module], plan: Plan, shapes: list[Any], backend: str) -> Program:
+    program = Program(segments, plan, backend=backend)
+    program.shapes = shapes
+    return program
 
 
 def load_program(folder: str | pathlib.Path) -> Program:
