@@ -86,6 +86,7 @@ class Bench:
     tuning: TensorData  # half of the training images
     held_out: TensorData  # training images that nothing is tuned on, for thresholds and scores
     seed: int
+    repeats: int = 15  # of a timing
 
     def tune(self, model: nn.Module, *, epochs: int = 1, lr: float = 1e-3) -> nn.Module:
         """The further training that every technique gets."""
@@ -105,7 +106,7 @@ def prepare(trial: Trial) -> Bench:
 
     model = zoo.trained("vit", trial, make, fit, sum=float(task.train.x.double().sum()), epochs=epochs)
     half, last = train // 2, train - train // 6
-    return Bench(model, task, *(TensorData(task.train.x[i], task.train.y[i]) for i in (slice(0, half), slice(last, None))), trial.seed)
+    return Bench(model, task, *(TensorData(task.train.x[i], task.train.y[i]) for i in (slice(0, half), slice(last, None))), trial.seed, trial.scale(smoke=2, laptop=15))
 
 
 def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> nn.Module:
@@ -228,7 +229,7 @@ def judge(arm: Any, model: nn.Module, b: Bench) -> None:
     x = b.task.test.x[:64]
     arm.log(accuracy=right(model, b.task.test), flops=meter.flops(model, x[:1]) / meter.flops(b.model, x[:1]))
     arm.log(bytes=meter.stored_bytes(model) / meter.stored_bytes(b.model))
-    arm.log_timed(time=relative_time(model, b.model, x), time1=relative_time(model, b.model, x[:1]))
+    arm.log_timed(time=relative_time(model, b, x), time1=relative_time(model, b, x[:1]))
 
 
 def judge_exits(arm: Any, b: Bench) -> None:
@@ -243,7 +244,7 @@ def judge_exits(arm: Any, b: Bench) -> None:
     found = measure(policy, b.task.test.batches(500, shuffle=False))
     arm.log(accuracy=found["accuracy"], flops=found["cost"] / meter.flops(b.model, x[:1]))
     arm.log(bytes=meter.stored_bytes(policy) / meter.stored_bytes(b.model))
-    arm.log_timed(time=relative_time(policy, b.model, b.task.test.x[:256]), time1=relative_time(policy, b.model, x[:1]))
+    arm.log_timed(time=relative_time(policy, b, b.task.test.x[:256]), time1=relative_time(policy, b, x[:1]))
 
 
 @torch.no_grad()
@@ -253,10 +254,10 @@ def right(model: nn.Module, test: TensorData) -> float:
 
 
 @torch.no_grad()
-def relative_time(model: nn.Module, base: nn.Module, x: Tensor, *, repeats: int = 15) -> float:
-    """Median seconds over those of ``base``, run in turn."""
-    runs: dict[str, Callable[[], Any]] = {"model": lambda: model(x), "base": lambda: base(x)}
-    timings = meter.latency(runs, repeats=repeats, warmup=3)
+def relative_time(model: nn.Module, b: Bench, x: Tensor) -> float:
+    """Median seconds over those of the untouched model, run in turn."""
+    runs: dict[str, Callable[[], Any]] = {"model": lambda: model(x), "base": lambda: b.model(x)}
+    timings = meter.latency(runs, repeats=b.repeats, warmup=min(3, b.repeats))
     return timings["model"].median / timings["base"].median
 
 

@@ -61,7 +61,7 @@ def run(trial: Trial) -> None:
             cut = [MODELS[arm.name](b, share * full, full) for share in TARGETS]
         accuracies, costs, models = zip(*cut)
         arm.log(accuracies=list(accuracies), costs=list(costs), accuracy=accuracies[-1], flops=costs[-1])
-        arm.log_timed(time=relative_time(models[-1], b.model, b.task.test.x[:256] if arm.name == "exits" else x))
+        arm.log_timed(time=relative_time(models[-1], b, b.task.test.x[:256] if arm.name == "exits" else x))
 
 
 Cut = tuple[float, float, nn.Module]  # accuracy, share of the FLOPs, what was measured
