@@ -5,8 +5,8 @@ take whole batches; programs decide for one input, as they were written, so that
 takes them at once.
 
 ``works``: the share that becomes a program at all. ``exact_1``, ``exact_64``: the share whose program answers as the original on 20 inputs
-given one by one, or on 64 in one call. ``speed_1``, ``speed_64``: time of the original over time of the program, the geometric mean over those
-that are exact (0: none is). A policy under ``torch.export`` runs its masked form: right, at the price of everything.
+given one by one, or on 64 in one call. ``speed_1``, ``speed_64``: time of the original over time of the program, the geometric mean over
+those that are exact (0: none is). A policy under ``torch.export`` runs its masked form: right, at the price of everything.
 """
 
 from __future__ import annotations
