@@ -166,13 +166,15 @@ def figure(record: RecordView, fig: Figure) -> None:
     left.set(xlabel="share of the training FLOPs", ylabel="test accuracy, mean of 5 budgets", title="Learning")
     left.legend(fontsize=8, loc="lower right")
     middle.set(xscale="log", xlabel="budget (MFLOPs a row)", ylabel="test accuracy", title="At the end")
+    middle.set_xticks([0.2, 0.5, 1, 2], ["0.2", "0.5", "1", "2"])
+    middle.minorticks_off()
     if "uniform" in record.arms:
         mass, gradient = record.values("uniform", "mass").mean(0), record.values("uniform", "gradient").mean(0)
         right.scatter(mass, gradient, color=COLOURS["uniform"], s=22)
         rank = float(np.corrcoef(mass.argsort().argsort(), gradient.argsort().argsort())[0, 1])
         right.set(
             xlabel="mass in the chain", ylabel="gradient norm in uniform training", yscale="log",
-            title=f"24 operations, rank correlation {rank:.2f}",
+            title=f"Operations: rank corr. {rank:.2f}",
         )  # fmt: skip
     for ax in (left, middle, right):
         ax.grid(alpha=0.25)
