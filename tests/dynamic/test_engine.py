@@ -16,7 +16,7 @@ from neurarium.dynamic.gates import FEATURES, Entropy, LearnedGate, Patience, co
 from neurarium.dynamic.staged import best_chunk
 from neurarium.dynamic.train import CachedStages, cached, fit_policy, measure
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.testing.examples.dynamic import _batch
+from neurarium.testing.examples.dynamic.exits import _batch
 
 
 def test_backbone_costs_what_one_computes_by_hand():
@@ -205,3 +205,19 @@ def test_learned_gate_starts_with_equal_shares():
 def test_best_chunk_puts_the_setting_back():
     policy = EarlyExit(BackboneS(classes=3)).eval()
     assert best_chunk(policy, _batch(8, 0)[0], (2, None), repeats=1) in (2, None) and policy.chunk is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_charged_on_the_cpu_forward_and_backward(causal):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    if causal:
+        k, v = k[:, :, :5], v[:, :, :5]
+    products = 2 * 2 * 3 * 5 * k.shape[2] * 8 * 2
+    with FlopCounterMode(display=False) as counter:
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert counter.get_total_flops() == products
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2.5 * products  # scores once more, and the gradients of four factors

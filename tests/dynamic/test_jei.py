@@ -17,7 +17,7 @@ from neurarium.dynamic.gates import LearnedGate, exit_probabilities
 from neurarium.dynamic.jei import JEIDNN, gate_targets, inference_loss, warmup_loss
 from neurarium.dynamic.train import fit_policy
 from neurarium.errors import BadInput, UnsupportedModel
-from neurarium.testing.examples.dynamic import _batch, _network
+from neurarium.testing.examples.dynamic.exits import _batch, _network
 
 
 def policy(**options) -> JEIDNN:

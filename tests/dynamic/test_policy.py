@@ -14,7 +14,7 @@ from neurarium.dynamic.gates import Entropy, Gate, Margin, MaxProb, Patience
 from neurarium.errors import BadInput
 from neurarium.roles import Outcome
 from neurarium.testing import exits as checks
-from neurarium.testing.examples.dynamic import _batch, jei_dnn
+from neurarium.testing.examples.dynamic.exits import _batch, jei_dnn
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,19 @@ from torch.nn import functional as F
 
 from neurarium.errors import BadInput
 
-__all__ = ["FEATURES", "Entropy", "Gate", "LearnedGate", "Margin", "MaxProb", "Patience", "confidence", "exit_probabilities"]
+__all__ = [
+    "FEATURES",
+    "Entropy",
+    "Gate",
+    "LearnedGate",
+    "Margin",
+    "MaxProb",
+    "Patience",
+    "Spread",
+    "confidence",
+    "exit_probabilities",
+    "votes",
+]
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -125,6 +137,25 @@ class LearnedGate(Gate):
 
     def extra_repr(self) -> str:
         return f"exits={len(self.bias)}, features={self.features}"
+
+
+def votes(p: Tensor) -> Tensor:
+    """How many members name each class, ``(n, members, classes) -> (n, classes)``."""
+    return (p.argmax(-1, keepdim=True) == torch.arange(p.shape[-1], device=p.device)).to(p.dtype).sum(1)
+
+
+class Spread(Gate):
+    """How well an ensemble agrees: 1 - the standard deviation, over its members, of the winner's probability.
+
+    The readouts are the members' logits ``(n, members, classes)``; the winner is the class that most members name, and among equals the
+    one of largest mean probability.
+    """
+
+    def forward(self, k: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
+        p = logits.softmax(-1)
+        winner = (votes(p) + p.mean(1)).argmax(-1)
+        given = p.gather(-1, winner.view(-1, 1, 1).expand(-1, p.shape[1], 1)).squeeze(-1)
+        return 1 - given.std(1, correction=0), memory
 
 
 def exit_probabilities(g: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def check_state(policy: Any, x: Tensor) -> None:
         assert torch.equal(got.output, want.output) and torch.equal(got.choice, want.choice), f"a {what} copy decides otherwise"
         assert torch.equal(same.choice, generous.choice), f"a {what} copy lost its calibration"
     for dtype in (torch.float64, torch.bfloat16):
-        out = _decide(copy.deepcopy(policy).to(dtype), x.to(dtype)).output
+        out = _decide(copy.deepcopy(policy).to(dtype), x.to(dtype) if x.is_floating_point() else x).output
         assert out.dtype == dtype and bool(torch.isfinite(out).all()), f"the output in {dtype} is {out.dtype} or not finite"
 
 

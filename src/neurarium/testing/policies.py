@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from neurarium.dynamic.exits import EarlyExit
+from neurarium.dynamic.family import FamilyPolicy
 from neurarium.errors import BadInput
 from neurarium.roles import Outcome
 from neurarium.testing.example import Example, Skipped
 from neurarium.testing.exits import check_policy
+from neurarium.testing.families import check_family
 from neurarium.testing.modules import build, feed, to_dtype
 from neurarium.testing.state import assert_same, close, unchanged_rng
 
@@ -75,13 +79,24 @@ def rows_are_independent(example: Example) -> None:
     policy, inputs = build(example).eval(), feed(example, 7)
     whole = _decide(policy, *inputs)
     for rows in (1, 2):
-        part = _decide(policy, *(t[:rows] for t in inputs))
+        part = _decide(policy, *tree_map(lambda t, rows=rows: t[:rows], inputs))
         assert close(part.output, whole.output[:rows]), f"the first {rows} of 7 rows give another output alone"
         assert_same((part.cost, part.choice), (whole.cost[:rows], whole.choice[:rows]), f"the first {rows} rows decide otherwise alone")
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
-    mixed = _decide(policy, *(t[order] for t in inputs))
+    mixed = _decide(policy, *tree_map(lambda t: t[order], inputs))
     assert_same((mixed.cost, mixed.choice), (whole.cost[order], whole.choice[order]), "permuted rows decide otherwise")
     assert close(mixed.output, whole.output[order]), "permuted rows give other outputs"
+
+
+def batch_size_decides_nothing(example: Example) -> None:
+    """256 rows at once, in sevens and one by one: the same choices and costs."""
+    policy, inputs = build(example).eval(), feed(example, 256)
+    whole = _decide(policy, *inputs)
+    for size, most in ((7, 256), (1, 24)):
+        for i in range(0, most, size):
+            part = _decide(policy, *tree_map(lambda t, i=i, size=size: t[i : i + size], inputs))
+            want = whole.choice[i : i + size], whole.cost[i : i + size]
+            assert_same((part.choice, part.cost), want, f"rows {i} to {i + size - 1} decide otherwise in a batch of {size} than among 256")
 
 
 def budgets_are_monotone(example: Example) -> None:
@@ -114,11 +129,11 @@ def dtypes(example: Example) -> None:
 def deterministic(example: Example) -> None:
     """The same seed gives the same decisions, and deciding leaves inputs and the global RNG alone."""
     first, second, inputs = build(example, 0).eval(), build(example, 0).eval(), feed(example, 6)
-    given = [t.clone() for t in inputs]
+    given = tree_map(torch.clone, inputs)
     with unchanged_rng("decide"):
         a, b = _decide(first, *inputs), _decide(second, *inputs)
     assert_same((a.output, a.choice), (b.output, b.choice), "two policies of one seed decide differently")
-    assert_same(given, list(inputs), "decide changed its input in place")
+    assert_same(given, inputs, "decide changed its input in place")
 
 
 def cuda(example: Example) -> None:
@@ -127,26 +142,36 @@ def cuda(example: Example) -> None:
         raise Skipped("no CUDA device here")
     policy, inputs = build(example).eval(), feed(example, 6)
     want = _decide(policy, *inputs)
-    got = _decide(policy.cuda(), *(t.cuda() for t in inputs))
+    got = _decide(policy.cuda(), *tree_map(Tensor.cuda, inputs))
     assert close(got.output.cpu(), want.output, rtol=5e-3, atol=5e-3), "the policy gives another output on CUDA"
 
 
 def stops_early(example: Example) -> None:
     """A policy over stages keeps the stricter contract of :mod:`neurarium.testing.exits` (three modes of execution, thresholds, errors)."""
     policy, inputs = build(example).eval(), feed(example, 16)
-    if not (hasattr(policy, "costs") and hasattr(policy, "outputs") and len(inputs) == 1):
-        raise Skipped("the policy does not stop early along stages")
+    if not isinstance(policy, EarlyExit) or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise Skipped("the policy does not stop early along the stages of one tensor")
     check_policy(policy, inputs[0])
+
+
+def picks_a_configuration(example: Example) -> None:
+    """A policy over a family keeps the stricter contract of :mod:`neurarium.testing.families`."""
+    policy, inputs = build(example).eval(), feed(example, 6)
+    if not isinstance(policy, FamilyPolicy):
+        raise Skipped("the policy is not one over a family")
+    check_family(policy, *inputs)
 
 
 CHECKS = {
     "forward_is_decide": forward_is_decide,
     "cost_is_true": cost_is_true,
     "rows_are_independent": rows_are_independent,
+    "batch_size_decides_nothing": batch_size_decides_nothing,
     "budgets_are_monotone": budgets_are_monotone,
     "keeps_state": keeps_state,
     "dtypes": dtypes,
     "deterministic": deterministic,
     "stops_early": stops_early,
+    "picks_a_configuration": picks_a_configuration,
     "cuda": cuda,
 }

@@ -1,4 +1,4 @@
-"""Tiny examples of the room `dynamic`."""
+"""Examples of policies that stop early along stages."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Examples of the room `dynamic`, by theme."""
