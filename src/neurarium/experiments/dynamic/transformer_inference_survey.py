@@ -106,7 +106,10 @@ def prepare(trial: Trial) -> Bench:
 
     model = zoo.trained("vit", trial, make, fit, sum=float(task.train.x.double().sum()), epochs=epochs)
     half, last = train // 2, train - train // 6
-    return Bench(model, task, *(TensorData(task.train.x[i], task.train.y[i]) for i in (slice(0, half), slice(last, None))), trial.seed, trial.scale(smoke=2, laptop=15))
+    return Bench(
+        model, task, *(TensorData(task.train.x[i], task.train.y[i]) for i in (slice(0, half), slice(last, None))), trial.seed,
+        trial.scale(smoke=2, laptop=15),
+    )  # fmt: skip
 
 
 def apply(technique: str, model: nn.Module, level: float, loader: Any = ()) -> nn.Module:
