@@ -185,7 +185,7 @@ def figure(record: RecordView, fig: Figure) -> None:
     ax.grid(alpha=0.25)
     for row, (metric, title) in enumerate(
         (
-            ("harm", "Accuracy that the last readout loses by having exits"),
+            ("harm", "What exits cost the last readout"),
             ("gradient_cosine", "Do first and last exit pull stage 1 one way?"),
         )
     ):

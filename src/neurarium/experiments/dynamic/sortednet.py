@@ -53,7 +53,9 @@ Step = Callable[[Tensor, Tensor, int], tuple[Tensor, Iterable[Config]]]
 
 def run(trial: Trial) -> None:
     def data() -> Graded:
-        return trial.shared("task", lambda: task(trial, train=trial.scale(smoke=300, laptop=4000), test=trial.scale(smoke=100, laptop=1000)))
+        return trial.shared(
+            "task", lambda: task(trial, train=trial.scale(smoke=300, laptop=4000), test=trial.scale(smoke=100, laptop=1000))
+        )
 
     for arm in trial.arms("sorted", "truncate", "sandwich", "unsorted", "separate", "alone", "sorted40"):
         g, rate = data(), RATES[arm.name]

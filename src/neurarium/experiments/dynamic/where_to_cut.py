@@ -205,4 +205,3 @@ def figure(record: RecordView, fig: Figure) -> None:
     left.grid(alpha=0.25)
     right_.grid(alpha=0.25)
     left.legend(fontsize=8)
-    fig.tight_layout()
