@@ -86,7 +86,7 @@ def advected_field(
     for _ in range(after):
         reach, power = reach + power.square().sum(0), power @ step
     influence = (spread * reach.sqrt()).view(size, size)
-    return FieldTask(*tasks, influence, wind, torch.stack([places // size, places % size], 1))
+    return FieldTask(*tasks, influence, wind, torch.stack([places // size, places % size], 1))  # type: ignore[call-arg, arg-type]
 
 
 def _wind(size: int, g: torch.Generator) -> Tensor:
