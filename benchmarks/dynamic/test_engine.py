@@ -189,7 +189,9 @@ def larger() -> tuple[Any, Tensor]:
     return policy, x
 
 
-BUILDERS = {"exits, 124 MFLOPs": larger, **{name: partial(of_room, name) for name in POLICIES}, "tips": tips, "sguq": sguq, "sn-net": sn_net}
+BUILDERS = {
+    "exits, 124 MFLOPs": larger, **{name: partial(of_room, name) for name in POLICIES}, "tips": tips, "sguq": sguq, "sn-net": sn_net,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(BUILDERS))
