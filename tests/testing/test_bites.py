@@ -582,7 +582,7 @@ def policy_example(cls: type) -> Example:
 
 
 def test_a_sound_policy_passes_everything() -> None:
-    assert set(check_method(policy_example(TwoExits))) >= set(CHECKS["policy"]) - {"cuda", "stops_early"}
+    assert set(check_method(policy_example(TwoExits))) >= set(CHECKS["policy"]) - {"cuda", "stops_early", "picks_a_configuration"}
 
 
 @pytest.mark.parametrize(

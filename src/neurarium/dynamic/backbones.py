@@ -1,4 +1,12 @@
-"""Small networks with exits that the experiments of this room share."""
+"""Small networks that the experiments of this room share: stages with exits, an elastic one, a vision transformer.
+
+They are large enough to show what a method does and small enough to train in seconds on a laptop.
+
+*Source.* Exits after the stages of a convolutional network: Teerapittayanon et al., BranchyNet, 2016. The transformer: Dosovitskiy et al.,
+"An Image is Worth 16x16 Words", arXiv 2010.11929; it is what the techniques of the survey arXiv 2307.07982 are measured on.
+
+*Departures.* Heads pool to 2x2 instead of to a point; the transformer has no class token, its head reads the mean over tokens.
+"""
 
 from __future__ import annotations
 
