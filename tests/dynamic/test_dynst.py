@@ -56,6 +56,17 @@ def test_some_come_back():
         assert any(returned) == back
 
 
+def test_the_least_useful_go_and_the_most_promising_come_back():
+    """Of six sensors two are off; a round to two keeps the useful, drops the others, and takes back the one of largest slope."""
+    sensors = _Sensors(DynST(sparsity=2 / 3, rounds=1, regrow=0.34, axis=-1))
+    sensors.read(torch.zeros(1, 6))
+    sensors.mask = torch.tensor([True, True, True, True, False, False])
+    sensors.useful = torch.tensor([4.0, 1.0, 3.0, 2.0, 0.0, 0.0])
+    sensors.promise = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, -2.0])
+    sensors._round(1)
+    assert sensors.mask.tolist() == [True, False, False, False, False, True]
+
+
 def test_the_promise_of_a_sensor_that_is_off_is_the_slope_of_the_loss():
     """d loss / d m by finite differences, with the x that the sensor would have sent."""
     torch.manual_seed(0)

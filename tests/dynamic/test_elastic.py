@@ -31,6 +31,7 @@ from neurarium.dynamic.elastic import (
     recalibrate,
     reorder,
     slots,
+    units,
 )
 from neurarium.errors import BadInput, UnsupportedModel
 
@@ -208,8 +209,6 @@ def test_reordering_changes_no_output_and_puts_the_best_first(make):
         reorder(model)
         torch.testing.assert_close(model(x), before)
     for width in slots(model)[0]:
-        from neurarium.dynamic.elastic import units
-
         steps = units(model, width).view(-1, width.step).sum(1)
         assert (steps.diff() <= 1e-9).all(), width.name
 
@@ -283,3 +282,14 @@ def test_prices_from_one_pass_are_the_measured_ones(make, shape):
     recalibrate(model, [(torch.randn(4, *shape[1:]), None)], configs)
     for config, price in zip(configs, prices):
         assert CostTable.measure([extract(model, config)], x).full == price
+
+
+def test_a_unit_is_worth_what_its_readers_weigh_it():
+    width = Width("hidden", 3)
+    model = nn.Sequential(ElasticLinear.of(nn.Linear(2, 3), outputs=width), nn.ReLU(), ElasticLinear.of(nn.Linear(3, 2), inputs=width))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[0.0, -3.0, 1.0], [0.5, 1.0, -1.0]]))
+    assert units(model, width).tolist() == [0.5, 4.0, 2.0]
+    before = model[2].weight.clone()
+    reorder(model)
+    assert torch.equal(model[2].weight, before[:, [1, 2, 0]])
