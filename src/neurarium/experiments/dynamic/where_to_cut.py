@@ -122,7 +122,7 @@ def experts(b: Bench, flops: float, full: int) -> Cut:
 
     def make(level: float) -> nn.Module:
         small = remove_units(b.model, rankings, level)
-        return mole_transform(small, targets=("up", "down"), experts=4, rank=4, top_k=1, entropy_threshold=-math.inf)
+        return mole_transform(small, targets=("up", "down"), experts=4, rank=4, top_k=1, entropy_threshold=-math.inf, dispatch="sparse")
 
     model = within(make, flops, b.task.test.x)
     for module in model.modules():
