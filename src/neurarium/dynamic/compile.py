@@ -649,11 +649,8 @@ def _quick_exporter() -> Iterator[None]:
         from torch.onnx._internal.exporter._registration import ONNXRegistry as table
 
         make = table.__dict__["from_torchlib"]
-        made = make.__func__(table)
-        table.from_torchlib = classmethod(
-            lambda cls, *args, **kwargs: copy.copy(made) if not args and not kwargs else make.__func__(cls, *args, **kwargs)
-        )
-    except (ImportError, KeyError, AttributeError, TypeError):  # another version: slower, and as good
+        table.from_torchlib = classmethod(lambda cls, *args, **kwargs: _operators(make.__func__, cls, *args, **kwargs))
+    except (ImportError, KeyError, AttributeError):  # another version: slower, and as good
         make = None
     try:
         with warnings.catch_warnings():
@@ -663,6 +660,19 @@ def _quick_exporter() -> Iterator[None]:
         log.setLevel(level)
         if make is not None:
             table.from_torchlib = make
+
+
+_TABLES: dict[Any, Any] = {}
+
+
+def _operators(make: Callable[..., Any], cls: type, *args: Any, **kwargs: Any) -> Any:
+    """A table of the exporter's operators, a second's work, from an earlier one for the same version of them."""
+    key = cls, args, tuple(sorted(kwargs.items()))
+    if key not in _TABLES:
+        _TABLES[key] = make(cls, *args, **kwargs)
+    table = copy.copy(_TABLES[key])
+    table.functions = dict(table.functions)  # what one export registers is its own
+    return table
 
 
 def _to_onnx(program: torch.export.ExportedProgram, example: tuple[Tensor, ...]) -> bytes:
