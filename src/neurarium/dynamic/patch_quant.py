@@ -45,7 +45,8 @@ from torch import Tensor, nn
 
 from neurarium.dynamic.live import kernel
 from neurarium.dynamic.opgraph import folded, run_local
-from neurarium.dynamic.patch import MemoryPlan, PatchedModel, _numel, _out, _plan, _stitch, overwrites
+from neurarium.dynamic.patch import PatchedModel, out_size, stitch
+from neurarium.dynamic.patch_plan import MemoryPlan, overwrites, pixels, schedule_memory
 from neurarium.errors import BadInput, UnsupportedModel
 
 __all__ = [
@@ -209,7 +210,7 @@ def _operations(patched: PatchedModel) -> list[list[int]]:
     for spans in patched.tiles().values():
         row = dict.fromkeys(names, 0)
         for op in patched.graph.ops[: patched.stage]:
-            row[op.inputs[0]] += _macs(patched, op, _numel(spans[op.name]))
+            row[op.inputs[0]] += _macs(patched, op, pixels(spans[op.name]))
         table.append([row[n] for n in names])
     return table
 
@@ -249,7 +250,7 @@ class Statistics:
                 rows.append([_summary(env[n]) for n in names])
                 parts.append(env[graph.ops[patched.stage - 1].name])
             last = graph.ops[patched.stage - 1].name
-            env = {last: _stitch(parts, patched.patches)}
+            env = {last: stitch(parts, patched.patches)}
             rest = [env[last]]
             for i in range(patched.stage, len(graph.ops)):
                 op = graph.ops[i]
@@ -332,7 +333,7 @@ class QuantisedModel(PatchedModel):
     def bitops(self) -> int:
         """Of the whole network: what comes after the stage has 8 bits."""
         stage = sum(
-            _macs(self, op, _numel(s[op.name])) for s in self.tiles().values() for op in self.graph.ops[: self.stage] if op.kind == "conv"
+            _macs(self, op, pixels(s[op.name])) for s in self.tiles().values() for op in self.graph.ops[: self.stage] if op.kind == "conv"
         )
         return self.stage_bitops + 64 * (self.flops // 2 - stage)
 
@@ -347,7 +348,7 @@ class QuantisedModel(PatchedModel):
                 return math.ceil(numel * bytes_per)
             return 0 if name == last else math.ceil(Coded.size(numel, table[tile][at[name]]) * bytes_per)  # the last goes into the output
 
-        return _plan(self.graph, self.split, self.patches, size or self.graph.input_shape[1:], bytes_of, self.flags)
+        return schedule_memory(self.graph, self.split, self.patches, size or self.graph.input_shape[1:], bytes_of, self.flags)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -389,7 +390,7 @@ class QuantisedModel(PatchedModel):
             if whole is None:
                 parts.append(rest[0](env[last.name]))
             env.clear()
-        env = {last.name: _stitch(parts, self.patches) if whole is None else whole}
+        env = {last.name: stitch(parts, self.patches) if whole is None else whole}
         del whole
         for k, i in enumerate(range(self.stage, len(graph.ops)), 1):
             self._run(i, env, None, sizes, weights, rest[k], coded, None)
@@ -444,7 +445,7 @@ class QuantisedModel(PatchedModel):
                     target = next((n for n in op.views if not op.numel and free(n)), None)
                 else:
                     held = read[op.inputs[0]].shape[2:]
-                    target = overwrites(op, free, tuple(held), _out(op, views[op.inputs[0]], pads), self.flags)  # type: ignore[arg-type]
+                    target = overwrites(op, free, tuple(held), out_size(op, views[op.inputs[0]], pads), self.flags)  # type: ignore[arg-type]
             buffer = env[target].buffer if target is not None else None
             env[op.name] = self._store(y, grid, buffer, coded)
         for name in {n for n in (*op.reads, op.name) if self.graph.last.get(n, i) <= i}:
@@ -508,7 +509,7 @@ def _fit(model: QuantisedModel, statistics: Statistics, tiles: Sequence[int], ch
             raise BadInput(
                 f"a limit of {limit:g} bytes for the patch stage cannot be met with these bits: the smallest found is {plan.patch_peak}"
             )
-        name = max(there, key=lambda n: shape[n] * _numel(spans[t][n]) * model.table[t][at[n]])
+        name = max(there, key=lambda n: shape[n] * pixels(spans[t][n]) * model.table[t][at[n]])
         lower = next(b for b in choices if b < model.table[t][at[name]])
         model.table[t][at[name]] = lower
         model.low[t, at[name]], model.high[t, at[name]] = statistics.inner_low[t, at[name]], statistics.inner_high[t, at[name]]
