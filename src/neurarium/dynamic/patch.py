@@ -8,9 +8,10 @@ Which part of which map a tile needs, and the bytes alive at every operation: :m
 
 *Source.* Lin, Chen, Cai, Gan, Han, "MCUNetV2: Memory-Efficient Patch-based Inference for Tiny Deep Learning", arXiv 2110.15352.
 
-*Departures.* Splits and numbers of tiles are searched exhaustively for a given network (:func:`search_schedule`); the joint search over
-networks and schedules is not rebuilt. Batches run a tile of all rows at a time. A buffer that is overwritten keeps its size until what is
-in it is dead.
+*Departures.* Splits and numbers of tiles are searched exhaustively for a given network (:func:`search_schedule`). The paper searches
+networks and schedules together, in a super-network by evolution; here that is a loop over a few networks, each trained by itself, with
+their schedules (the experiment does it). Batches run a tile of all rows at a time. A buffer that is overwritten keeps its size until what
+is in it is dead.
 
 *Cost.* FLOPs of the halos (:attr:`PatchedModel.overhead`); p^2 times as many, smaller, operations. Training and export run the same
 function without changes in place.
