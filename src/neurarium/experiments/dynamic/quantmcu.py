@@ -9,7 +9,8 @@ are QuantMCU's.
 No pixel of CIFAR-10 is three deviations from the mean, so that no tile has outliers. The arms ``glare...`` therefore have pictures as of
 a sensor that does not saturate: in two opposite corners, each in half of the pictures, a spot of 3x3 pixels is eight deviations bright.
 The network is trained on such pictures for two more epochs. ``glare``: tiles classified by place; ``glare_dynamic``: for every picture
-while it runs; ``glare_no_vdpc``: not at all, bits are searched in all tiles; ``glare_uniform8``: 8 bits.
+while it runs; ``glare_no_vdpc``: not at all, bits are searched in all tiles; ``glare_mirrored``: as many tiles keep 8 bits, but those in
+the corners without spots; ``glare_uniform8``: 8 bits.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ if TYPE_CHECKING:
 NET = MobileConfig(16, (Block(1, 16), Block(3, 24, 2), Block(3, 24), Block(3, 48, 2), Block(3, 48)), 0, 10)
 UNIFORM = {"uniform8": 8, "uniform4": 4, "uniform2": 2}
 PLAIN = ("quantmcu", *UNIFORM, "random_bits", "loss_increase")
-GLARE = ("glare", "glare_dynamic", "glare_no_vdpc", "glare_uniform8")
+GLARE = ("glare", "glare_dynamic", "glare_no_vdpc", "glare_mirrored", "glare_uniform8")
 SPOT, BRIGHT = 3, 8.0  # pixels, standard deviations
 COLOURS = {
     "quantmcu": "#d55e00", "uniform8": "#333333", "uniform4": "#777777", "uniform2": "#bbbbbb", "random_bits": "#cc79a7",
-    "loss_increase": "#009e73", "glare": "#d55e00", "glare_dynamic": "#0072b2", "glare_no_vdpc": "#e69f00", "glare_uniform8": "#333333",
+    "loss_increase": "#009e73", "glare": "#d55e00", "glare_dynamic": "#0072b2", "glare_no_vdpc": "#e69f00",
+    "glare_mirrored": "#cc79a7", "glare_uniform8": "#333333",
 }  # fmt: skip
 LABELS = {
     "quantmcu": "QuantMCU", "uniform8": "8 bits", "uniform4": "4 bits", "uniform2": "2 bits", "random_bits": "random bits",
     "loss_increase": "bits by measured loss", "glare": "8 bits by place", "glare_dynamic": "8 bits by picture",
-    "glare_no_vdpc": "all tiles searched", "glare_uniform8": "8 bits",
+    "glare_no_vdpc": "all tiles searched", "glare_mirrored": "8 bits in other tiles", "glare_uniform8": "8 bits",
 }  # fmt: skip
 
 
@@ -91,6 +93,8 @@ def run(trial: Trial) -> None:
             model = _random(patched, few.x, found, trial.seed) if arm.name == "random_bits" else _by_loss(patched, few, found)
         elif arm.name.removeprefix("glare_") in UNIFORM:
             model = quantise(patched, few.x, UNIFORM[arm.name.removeprefix("glare_")])
+        elif arm.name == "glare_mirrored":
+            model = _mirrored(patched, few.x)
         else:
             z = float("inf") if arm.name == "glare_no_vdpc" else 3.0
             model = quantmcu(patched, few.x, outlier_z=z, dynamic=arm.name == "glare_dynamic")
@@ -146,6 +150,14 @@ def _random(patched: PatchedModel, images: Tensor, found: QuantisedModel, seed: 
         table[cell] = min(8, int(table[cell]) * 2) if ratio < 1 else max(2, int(table[cell]) // 2)
         model.table = table.tolist()
     return QuantisedModel(patched, statistics, table)
+
+
+def _mirrored(patched: PatchedModel, images: Tensor) -> QuantisedModel:
+    """8 bits in the tiles left for right of those with outliers, searched bits in all others."""
+    loud = torch.tensor(outlier_tiles(patched, images, 3.0)).view(patched.patches).flip(1).flatten()
+    table = quantmcu(patched, images, outlier_z=float("inf")).bits
+    table[loud] = 8
+    return quantise(patched, images, table)
 
 
 def _by_loss(patched: PatchedModel, few: TensorData, found: QuantisedModel) -> QuantisedModel:
