@@ -1,8 +1,9 @@
 """Predicted channel masks on a small VGG, against fixed masks, random ones, gates learned by a sparsity loss, and the targets themselves.
 
-The images carry noise whose strength differs from image to image. The dense network is trained first; every arm goes on from it for the
-same number of epochs with the same optimizer, FTWT after a few epochs in which its predictors alone learn from the dense network.
-``static``, ``random_mask`` and ``l1_gate`` keep as many filters in each layer as ``ftwt_090`` does on average. ``reduction`` is measured on
+The images carry noise whose strength differs from image to image. The dense network is trained first; every arm's network goes on from it
+for the same number of epochs with the same optimizer and schedule, FTWT's after a few epochs in which its predictors alone learn from the
+dense network. ``static`` and ``random_mask`` keep as many filters in each layer as ``ftwt_090`` does on average; the penalty of ``l1_gate``
+pulls its gates there, and what passes 1/2 is kept. ``oracle`` uses the target masks themselves. ``reduction`` is measured on
 the test images, by what each row was charged; ``counted`` by the FLOP counter.
 """
 
