@@ -313,8 +313,11 @@ class SortedFineTuning(EarlyExit):
             return
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] == 0 or x.dtype != torch.int64:
             raise BadInput("expected token ids, int64 (rows, time)")
-        if not torch.compiler.is_exporting() and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.parts.vocabulary:
-            raise BadInput(f"token ids must lie in 0..{self.parts.vocabulary - 1}, not {int(x.min())}..{int(x.max())}")
+        if torch.compiler.is_exporting() or not x.numel():
+            return
+        low, high = map(int, x.aminmax())
+        if not 0 <= low <= high < self.parts.vocabulary:
+            raise BadInput(f"token ids must lie in 0..{self.parts.vocabulary - 1}, not {low}..{high}")
 
     def _check_target(self, out: Tensor, y: Tensor) -> None:
         if len(out) == 0:

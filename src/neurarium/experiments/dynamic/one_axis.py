@@ -229,7 +229,7 @@ def ftwt(b: Bench, *, backbone: Callable[[], BackboneS], trial: Trial) -> tuple[
 
     trunk = backbone()
     chain = nn.Sequential(*trunk.segments, trunk.heads[-1])
-    policy = FTWT(chain, mass=0.7, granularity=8, warmup_epochs=1)
+    policy = FTWT(chain, mass=0.7, granularity=8, whole_below=1, warmup_epochs=1)
     groups = policy.groups(lr=2e-3, predictor_lr=2e-2)  # predictors start from nothing
     return policy, b.purse * 2 / 3 + fit(policy, b, b.purse / 3, b.static, trial, groups=groups)
 

@@ -176,7 +176,7 @@ def channels(task: ImageTask, trial: Trial, plain: BackboneS) -> Any:
     from neurarium.dynamic.channel import FTWT
 
     net = nn.Sequential(*[layer for segment in plain.segments for layer in segment], plain.heads[-1])
-    policy = FTWT(net, mass=0.7, granularity=4).to(trial.device)
+    policy = FTWT(net, mass=0.7, granularity=4, whole_below=1).to(trial.device)
     fit(policy, task, trial, epochs(trial), lr=2e-3)
     policy.calibrate(held_out(task, trial))
     return policy
