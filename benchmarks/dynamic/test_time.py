@@ -276,7 +276,7 @@ def hot() -> Ways:
 
 def h2ot() -> Ways:
     """27 frames with a token for each joint, a pyramid of cuts."""
-    host = VideoPoseTransformer(27, 17, 64, 4, 4)
+    host = VideoPoseTransformer(27, 17, 48, 3, 4)
     cut = [hourglass(host, keep=k, at=(1, 2), prune="uniform", recover="interpolate") for k in ((9, 3), (13, 9), (20, 16))]
     return by_model(cut, host, torch.randn(ROWS, 27, 17, 2).cumsum(1) / 5)
 
