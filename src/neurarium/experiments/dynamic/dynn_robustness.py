@@ -41,7 +41,7 @@ COLOURS = {"static": "#555555", "joint": "#d55e00", "ic_only": "#0072b2", "late"
 def run(trial: Trial) -> None:
     task = mnist(trial, train=4000, test=500, size=14, standardise=False)
     test, steps = task.test.to(trial.device), trial.scale(smoke=2, laptop=10)
-    rows, early = trial.scale(smoke=(40, 10), laptop=(250, 96))
+    rows, early = trial.scale(smoke=(30, 6), laptop=(250, 96))
     data = x, y = test.x[:rows], test.y[:rows]
 
     def plain() -> nn.Module:
@@ -59,7 +59,7 @@ def run(trial: Trial) -> None:
             arm.log(accuracy=accuracy(static, x, y))
             continue
         policy = fit(arm.name, static, task, trial)
-        attack = {"steps": trial.scale(smoke=10, laptop=300)}
+        attack = {"steps": trial.scale(smoke=3, laptop=300)}
         report = dynn_robustness(policy, static, data, eps=EPS, steps=steps, early_rows=early, early=attack)
         full = policy.costs(x).full
         arm.log(

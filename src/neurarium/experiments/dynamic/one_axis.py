@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 BATCH = 50
-POINTS = 8
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 WIDTHS = (12, 12, 20, 28, 40)  # of Dyn-Perceiver's maps: with the latent branch it costs as much as wider exits alone
 RATES = {"sorted": 1.2e-2, "tips": 1.2e-2}  # 5e-3 elsewhere
@@ -78,10 +77,11 @@ class Bench:
     test: TensorData
     static: int  # FLOPs a row of BackboneS with its last head
     purse: float
+    points: int  # budgets
 
     @property
     def budgets(self) -> list[float]:
-        return [float(b) for b in np.geomspace(0.125 * self.static, 1.001 * self.static, POINTS)]
+        return [float(b) for b in np.geomspace(0.125 * self.static, 1.001 * self.static, self.points)]
 
 
 class ByBudget(nn.Module):
@@ -138,7 +138,7 @@ def run(trial: Trial) -> None:
         reached = judge(policy.eval(), b, repeats)
         ms = reached.pop("milliseconds")
         arm.log(training_flops=spent, budgets=b.budgets, **reached)
-        limits = np.linspace(0.25, 1.0, POINTS) * np.mean(trial.metric("static", "milliseconds"))
+        limits = np.linspace(0.25, 1.0, b.points) * np.mean(trial.metric("static", "milliseconds"))
         known = [(t, a) for t, a in zip(ms, reached["accuracy"]) if t == t]
         within = [max((a for t, a in known if t <= limit), default=0.1) for limit in limits]
         arm.log_timed(milliseconds=ms, auc_ms=float(np.mean(within)))
@@ -148,7 +148,8 @@ def prepare(trial: Trial) -> Bench:
     task = zoo.graded(trial, train=3500, test=1000, size=14).task
     train, calibration = task.train.split(trial.scale(smoke=300, laptop=3000), seed=trial.seed)
     static = CostTable.measure([BackboneS(task.train.x.shape[1])], train.x[:1]).full
-    return Bench(train, calibration, task.test, static, BACKWARD * trial.scale(smoke=1, laptop=5) * len(train) * static)
+    purse = BACKWARD * trial.scale(smoke=1, laptop=5) * len(train) * static
+    return Bench(train, calibration, task.test, static, purse, trial.scale(smoke=3, laptop=8))
 
 
 def fit(policy: Any, b: Bench, purse: float, price: float, trial: Trial, *, lr: float = 5e-3, groups: Any = None) -> float:

@@ -29,7 +29,7 @@ def ftwt() -> Example:
         policy = FTWT(model, granularity=2, whole_below=40, embedding=16)
         for p in policy.predictors():
             nn.init.normal_(p, std=1.0)
-        policy.eval().calibrate([(x, torch.arange(24) % 3)], grid=4)
+        policy.eval().calibrate([(x, torch.arange(24) % 3)], grid=3)
         return policy
 
     return Example("policy", make=make, inputs=_images)
