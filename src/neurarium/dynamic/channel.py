@@ -17,9 +17,9 @@ trained dense network, before any mask is learned (:meth:`FTWT.predicted_flops`)
 
 *What is run.* ``compact`` gathers, for each row, the weights and the inputs of its own filters and runs the rows of equal size as one
 grouped convolution; layers on maps of fewer than ``whole_below`` positions it computes whole, and charges so. Counts are rounded up to a
-multiple of ``granularity`` (the filters that fill a group are the next by logit; they are computed anyway, so they are used), in training as
-well: 1 is the paper's rule, 16 is what vectorised kernels like. Batch normalisation is folded. A row's cost depends on that row alone. See
-:mod:`~neurarium.dynamic.channel_conv`.
+multiple of ``granularity`` (the filters that fill a group are the next by logit; they are computed anyway, so they are used), in training
+as well: 1 is the paper's rule, 16 is what vectorised kernels like. Batch normalisation is folded. A row's cost depends on that row alone.
+See :mod:`~neurarium.dynamic.channel_conv`.
 
 *Budgets.* A mask that a predictor widens in one layer changes what later predictors see, so no threshold on them has monotone costs.
 ``budget=`` therefore fixes how many filters each layer keeps and leaves to the predictor which ones: the counts of a setting are what a
@@ -57,7 +57,7 @@ from neurarium.dynamic.channel_trace import rewired
 from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.exits import check_labels
 from neurarium.dynamic.outcome import Mode, Outcome, Policy, Segment
-from neurarium.dynamic.tree import shapes
+from neurarium.dynamic.tree import has_nan, parameter_shapes, shapes
 from neurarium.errors import BadInput
 from neurarium.learn.fit import device_of, to
 from neurarium.roles import Loader
@@ -158,7 +158,7 @@ class FTWT(Policy):
             raise BadInput(f"mode must be 'compact', 'masked' or 'loop', not {mode!r}")
         if not isinstance(x, Tensor) or x.ndim != 4 or len(x) == 0:
             raise BadInput("the input must be a batch of images (n, channels, height, width) with at least one row")
-        if x.isnan().any():
+        if has_nan(x):
             raise BadInput("the input has NaN")
         level, counts = self.setting(x, budget=budget, threshold=threshold)
         fixed, full = self.geometry(x)[0], self.full(x)
@@ -212,7 +212,7 @@ class FTWT(Policy):
 
     def geometry(self, example: Any) -> tuple[int, dict[str, int]]:
         """FLOPs a row outside the dynamic convolutions, and the number of output positions of each of those, for this input shape."""
-        key = shapes(example), tuple(p.shape for p in self.parameters())
+        key = shapes(example), parameter_shapes(self)
         if key not in self._fixed:
             seen: dict[str, tuple[Tensor, Tensor]] = {}
             full = self.full(example)
@@ -270,7 +270,7 @@ class FTWT(Policy):
             if not batches:
                 raise BadInput("the loader yielded no samples to calibrate on")
             for x, _ in batches:
-                if x.isnan().any():
+                if has_nan(x):
                     raise BadInput("the calibration data has NaN")
                 seen: dict[str, tuple[Tensor, Tensor]] = {}
                 self._pass(x, "masked", seen=seen, counts=None)

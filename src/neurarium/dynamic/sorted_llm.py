@@ -47,7 +47,7 @@ from neurarium.dynamic.gates import Gate
 from neurarium.dynamic.outcome import Mode, Outcome
 from neurarium.dynamic.parts import KeyValues, Parts, take_apart
 from neurarium.dynamic.staged import pick
-from neurarium.dynamic.tree import take
+from neurarium.dynamic.tree import parameter_shapes, take
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import check_labels
 from neurarium.roles import Loader
@@ -274,7 +274,7 @@ class SortedFineTuning(EarlyExit):
         return y[order], choice[order]
 
     def _prices(self, time: int, length: int) -> _Prices:
-        key = "generate", time, length, tuple(p.shape for p in self.parameters())
+        key = "generate", time, length, parameter_shapes(self)
         if key not in self._tables:
             with evaluating(self), torch.inference_mode():
                 prompt = self._counted(time, 0)

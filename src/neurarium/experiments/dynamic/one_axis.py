@@ -127,7 +127,7 @@ def run(trial: Trial) -> None:
             model = trained_backbone(b, 1.0, trial)
             ms = milliseconds({"static": model}, b.test.x, repeats)["static"]
             right = float((answer(model, b.test.x) == b.test.y).double().mean())
-            area = (0.1 * (POINTS - 1) + right) / POINTS  # it fits the last budget alone, and the last of the times
+            area = (0.1 * (b.points - 1) + right) / b.points  # it fits the last budget alone, and the last of the times
             arm.log(flops=float(b.static), top=right, auc=area, budgets=b.budgets, training_flops=b.purse)
             arm.log_timed(milliseconds=ms, auc_ms=area)
             continue
