@@ -17,9 +17,9 @@ trained dense network, before any mask is learned (:meth:`FTWT.predicted_flops`)
 
 *What is run.* ``compact`` gathers, for each row, the weights and the inputs of its own filters and runs the rows of equal size as one
 grouped convolution; layers on maps of fewer than ``whole_below`` positions it computes whole, and charges so. Counts are rounded up to a
-multiple of ``granularity`` (the filters that fill a group are the next by logit; they are computed anyway, so they are used), in training as
-well: 1 is the paper's rule, 16 is what vectorised kernels like. Batch normalisation is folded. A row's cost depends on that row alone. See
-:mod:`~neurarium.dynamic.channel_conv`.
+multiple of ``granularity`` (the filters that fill a group are the next by logit; they are computed anyway, so they are used), in training
+as well: 1 is the paper's rule, 16 is what vectorised kernels like. Batch normalisation is folded. A row's cost depends on that row alone.
+See :mod:`~neurarium.dynamic.channel_conv`.
 
 *Budgets.* A mask that a predictor widens in one layer changes what later predictors see, so no threshold on them has monotone costs.
 ``budget=`` therefore fixes how many filters each layer keeps and leaves to the predictor which ones: the counts of a setting are what a
