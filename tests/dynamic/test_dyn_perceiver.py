@@ -46,12 +46,9 @@ def test_cross_attention_is_attention_with_a_bias_on_the_keys(heads):
     q, kv = torch.randn(3, 7, 6, dtype=torch.float64), torch.randn(3, 9, 5, dtype=torch.float64)
     n = F.layer_norm(kv, (5,), layer.norm_kv.weight, layer.norm_kv.bias)
     m = F.layer_norm(q, (6,), layer.norm_q.weight, layer.norm_q.bias)
-    wk, wv = layer.kv.weight.chunk(2)
-    bk, bv = layer.kv.bias.chunk(2)
-    keys, values = n @ wk.T + bk + layer.bias, n @ wv.T + bv  # the bias of a position belongs to its key
-    a, k, v = (t.view(3, -1, heads, 4 // heads).transpose(1, 2) for t in (layer.q(m), keys, values))
-    share = (a @ k.transpose(-2, -1) / (4 // heads) ** 0.5).softmax(-1)
-    want = q + layer.out((share @ v).transpose(1, 2).reshape(3, 7, 4))
+    keys = n @ layer.k.weight.T + layer.bias  # the bias of a position belongs to its key
+    parts = [t.view(3, -1, heads, 4 // heads).transpose(1, 2) for t in (layer.q(m), keys, layer.v(n))]
+    want = q + layer.out(F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(3, 7, 4))
     torch.testing.assert_close(layer(q, kv), want + layer.mlp(want))
     assert not torch.allclose(layer(q, kv), layer(q, kv.flip(1)))  # positions matter
     nn.init.zeros_(layer.bias)
@@ -63,7 +60,7 @@ def test_without_reading_and_hints_readout_3_is_the_plain_network():
     h = net.stem(x)
     for stage in net.stages:
         h = stage(h)
-    assert torch.equal(EarlyExit(net).outputs(x)[2], net.heads[2](h.mean((2, 3), keepdim=True).flatten(1)))
+    torch.testing.assert_close(EarlyExit(net).outputs(x)[2], net.heads[2](h.mean((2, 3), keepdim=True).flatten(1)))
 
 
 @pytest.mark.parametrize("exits", [0, 1, 2])
@@ -134,9 +131,9 @@ def test_loss_by_hand():
 
 def test_trains_and_any_size_of_map_works():
     data = [_batch(32, s) for s in range(6)]
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     policy = _policy()
-    fit_policy(policy, data, epochs=10, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit_policy(policy, data, epochs=8, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     x, y = _batch(200, 9)
     with torch.no_grad():
         right = [(out.argmax(1) == y).double().mean().item() for out in policy.eval().outputs(x)]

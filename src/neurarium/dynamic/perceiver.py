@@ -27,6 +27,7 @@ nearly free. Next to wide stages that is little, next to narrow ones it is not: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -199,22 +200,24 @@ class CrossAttentionLayer(nn.Module):
             raise BadInput(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.norm_q, self.norm_kv = nn.LayerNorm(dim), nn.LayerNorm(source)
-        self.q, self.kv = nn.Linear(dim, width), nn.Linear(source, 2 * width)
+        self.q, self.v = nn.Linear(dim, width), nn.Linear(source, width)
+        self.k = nn.Linear(source, width, bias=False)  # the softmax does not see a bias that all keys share
         self.bias = None if positions is None else nn.Parameter(torch.zeros(positions, width))
         self.out = nn.Linear(width, dim)
         self.mlp = _mlp(dim, mlp_ratio)
 
     def forward(self, q: Tensor, kv: Tensor) -> Tensor:
-        keys, values = self.kv(self.norm_kv(kv)).chunk(2, -1)
-        if self.bias is not None:
-            keys = keys + self.bias
-        q = q + self.out(_attend(self.q(self.norm_q(q)), keys, values, self.heads))
+        kv = self.norm_kv(kv)
+        keys = self.k(kv) if self.bias is None else self.k(kv) + self.bias
+        q = q + self.out(_attend(self.q(self.norm_q(q)), keys, self.v(kv), self.heads))
         return q + self.mlp(q)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    parts = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    # Written out: there are few tokens on one side, where torch's fused kernel is slower on CPUs.
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    share = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (share @ v).transpose(1, 2).flatten(2)
 
 
 def _mlp(dim: int, ratio: float) -> nn.Sequential:
@@ -228,11 +231,13 @@ class _Block(nn.Module):
     def __init__(self, dim: int, heads: int, ratio: float) -> None:
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q, self.v, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.k = nn.Linear(dim, dim, bias=False)
         self.mlp = _mlp(dim, ratio)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = z + self.out(_attend(*self.qkv(self.norm(z)).chunk(3, -1), self.heads))
+        y = self.norm(z)
+        z = z + self.out(_attend(self.q(y), self.k(y), self.v(y), self.heads))
         return z + self.mlp(z)
 
 

@@ -14,15 +14,15 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def _policy() -> DistilledExit:
-    stages = [_stage(4, 6, 2), _stage(6, 8, 1)]
+    stages = [_stage(4, 6, 1), _stage(6, 8, 2), _stage(8, 8, 1)]
     network = DynPerceiver(
-        stages, (4, 6, 8), num_classes=3, stem=_stage(1, 4, 1), latents=8, blocks=(0, 1), heads=(1, 2), pool=3, out_pool=2
+        stages, (4, 6, 8, 8), num_classes=3, stem=_stage(1, 4, 1), latents=8, blocks=(1, 0, 1), heads=(1, 2), pool=3, out_pool=2
     )
     return DistilledExit(network)
 
 
 def dyn_perceiver() -> Example:
-    """Two stages, calibrated at half of the range of costs."""
+    """Three stages, calibrated at half of the range of costs."""
 
     def make(seed: int) -> DistilledExit:
         x, y = _batch(64, seed)
