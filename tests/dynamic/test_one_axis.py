@@ -16,7 +16,7 @@ def _bench(steps: int) -> one_axis.Bench:
     g = torch.Generator().manual_seed(0)
     part = TensorData(torch.randn(100, 1, 8, 8, generator=g), torch.arange(100) % 10)
     static = CostTable.measure([BackboneS(1)], part.x[:1]).full
-    return one_axis.Bench(part, part, part, static, one_axis.BACKWARD * one_axis.BATCH * steps * static)
+    return one_axis.Bench(part, part, part, static, one_axis.BACKWARD * one_axis.BATCH * steps * static, 3)
 
 
 def test_every_way_has_its_rate_from_the_same_four():
