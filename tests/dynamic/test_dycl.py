@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import torch
 from torch import nn
 
 from neurarium.dynamic import Builder, EarlyExit, Entropy, FamilyPolicy, Patience, load_program, split, with_exits
-from neurarium.dynamic import compile as compiling
 from neurarium.errors import BadInput, MissingExtra, UnsupportedModel
 from neurarium.experiments.dynamic.dycl import coverage, one_by_one
 from neurarium.experiments.dynamic.dycl_zoo import PROGRAMS, inputs, make
@@ -372,4 +372,36 @@ def test_without_onnxruntime_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtra, match=r"neurarium\[export\]"):
         program.compile("onnx")
-    assert isinstance(compiling, types.ModuleType)
+
+
+@pytest.mark.slow
+def test_the_inductor_says_what_the_module_says():
+    """A compiler for one segment only: the other is a matrix product, for which nothing is written."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("the inductor writes C++, and there is no compiler here")
+
+    class Impatient(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.rest = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            return y if y.softmax(-1).amax(-1) > 0.42 else self.rest(y)
+
+    torch.manual_seed(0)
+    program, x = split(Impatient().eval(), torch.randn(4, 4)), torch.randn(7, 4)
+    fast = program.compile("inductor")
+    for n in (7, 3):
+        want, got = program.decide(x[:n]), fast.decide(x[:n])
+        assert torch.equal(got.choice, want.choice) and torch.equal(got.cost, want.cost) and 0 < int(want.choice.sum()) < n
+        torch.testing.assert_close(got.output, want.output)
+
+
+def test_without_a_compiler_the_inductor_says_what_it_needs(monkeypatch):
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    policy, x = staged()
+    with pytest.raises(BadInput, match="no compiler") as error:
+        split(policy, x).compile("inductor")
+    assert "g++" in str(error.value) and "CXX" in str(error.value)

@@ -21,7 +21,7 @@ from neurarium.errors import BadInput, UnsupportedModel
 def layer(seed: int = 0, **options) -> DynMoLE:
     """Experts and a router that have learned something."""
     torch.manual_seed(seed)
-    made = DynMoLE(nn.Linear(6, 5), **{"experts": 4, "rank": 2, "alpha": 3.0, "dropout": 0.0, **options})
+    made = DynMoLE(nn.Linear(6, 5), **{"experts": 4, "rank": 2, "alpha": 3.0, "dropout": 0.0, "dispatch": "sparse", **options})
     nn.init.normal_(made.up)
     if made.router is not None:
         nn.init.normal_(made.router)
@@ -115,6 +115,23 @@ def test_cost_is_what_the_counter_counts(options):
         torch.testing.assert_close(alone, m(x))
     m(torch.randn(0, 6))
     assert m.last_cost.shape == (0,)
+
+
+def test_the_layer_picks_the_faster_dispatch_and_charges_for_it():
+    small, large = (DynMoLE(nn.Linear(6, 5), experts=8, rank=rank) for rank in (8, 64))
+    assert not small.sparse and large.sparse
+    one = DynMoLE(nn.Linear(6, 5), experts=1)
+    for m in (small, large, one):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            m(torch.randn(30, 6))
+        spent = int(m.last_cost.sum())
+        assert counter.get_total_flops() == spent
+        m.dispatch = "dense" if m.sparse else "sparse"
+        assert int(m.last_cost.sum()) == spent  # of the last call, whatever the next one will run
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dispatch in ("sparse", "dense"):
+            small.dispatch = dispatch
+            assert small(torch.randn(9, 6)).shape == (9, 5)
 
 
 def test_gradients_do_not_depend_on_the_dispatch():

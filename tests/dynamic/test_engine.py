@@ -85,6 +85,15 @@ def test_curve_uses_every_exit(n):
     assert len(curve.share.unique(dim=0)) >= min(n, 20)  # and budgets in between
 
 
+def test_budgets_between_the_cheapest_and_everything_where_many_scores_are_equal():
+    """As of a gate that counts agreements: nobody has any at the first exit, some have one at the second, and so on."""
+    scores = torch.tensor([[0.0, a >= 1, a >= 2] for a in (0, 0, 1, 1, 1, 1, 2, 2, 2, 2)]).double().cummax(1).values
+    curve = calibrate(scores, torch.ones(10, 4))
+    used = {tuple(row) for row in curve.share.tolist()}
+    assert {(1, 0, 0, 0), (0, 0.8, 0.2, 0), (0, 0, 0.8, 0.2), (0, 0, 0, 1)} <= used
+    assert all(abs(sum(row) - 1) < 1e-12 for row in used)
+
+
 def test_curve_matches_brute_force_on_its_own_rows():
     g = torch.Generator().manual_seed(0)
     scores, correct = torch.rand(50, 2, generator=g), torch.rand(50, 3, generator=g) < 0.6

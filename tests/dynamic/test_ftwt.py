@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from neurarium.dynamic.channel import FTWT, ChannelConv, target_mask
+from neurarium.dynamic.channel import FTWT
+from neurarium.dynamic.channel_conv import ChannelConv, target_mask
 from neurarium.dynamic.compile import split
 from neurarium.dynamic.train import fit_policy
 from neurarium.errors import BadInput, UnsupportedModel
@@ -78,7 +79,7 @@ def dense(kind: str, seed: int = 0) -> nn.Module:
 
 def policy(kind: str = "vgg", granularity: int = 1, **options) -> FTWT:
     """Predictors that answer differently from row to row."""
-    made = FTWT(dense(kind), granularity=granularity, embedding=16, **options).eval()
+    made = FTWT(dense(kind), granularity=granularity, **{"embedding": 16, "whole_below": 1, **options}).eval()
     torch.manual_seed(1)
     for p in made.predictors():
         nn.init.normal_(p, std=1.0)
@@ -110,9 +111,11 @@ def test_target_extremes():
     assert (heat[0][uniform[0]].min() >= heat[0][~uniform[0]].max()).all()
 
 
-@pytest.mark.parametrize(("kind", "granularity"), [("vgg", 1), ("vgg", 3), ("resnet", 1), ("mobile", 1)])
-def test_policy_keeps_the_contract(kind, granularity):
-    made, x = policy(kind, granularity), batch()
+@pytest.mark.parametrize(
+    ("kind", "granularity", "whole_below"), [("vgg", 1, 1), ("vgg", 3, 1), ("resnet", 1, 1), ("mobile", 1, 1), ("vgg", 1, 20)]
+)
+def test_policy_keeps_the_contract(kind, granularity, whole_below):
+    made, x = policy(kind, granularity, whole_below=whole_below), batch()
     assert len(made.decide(x).choice.unique(dim=0)) > 1  # rows differ
     for check in checks.CHECKS:
         if check is not checks.check_thresholds:  # a threshold on single filters, not on exits
@@ -138,6 +141,21 @@ def test_cost_is_the_formula_of_kept_filters():
     convolutions = 2 * 9 * (64 * a * 1 + 4 * a * b + 4 * b * c)
     predictors = 2 * (1 * 16 * 6 + 6 * 4 * 8 + 8 * 1 * 5)
     assert torch.equal(outcome.cost, convolutions + predictors + 2 * 20 * 3)
+
+
+def test_small_maps_are_computed_whole_and_charged_so():
+    made, sparse, x = policy("vgg", whole_below=5), policy("vgg"), batch()  # maps of 64, 4 and 4 positions
+    outcome, want = made.decide(x), sparse.decide(x)
+    torch.testing.assert_close(outcome.output, want.output, rtol=1e-4, atol=1e-5)
+    assert torch.equal(outcome.choice, want.choice)
+    predictors = 2 * (1 * 16 * 6 + 6 * 4 * 8 + 8 * 1 * 5)
+    assert torch.equal(outcome.cost, 2 * 9 * (64 * outcome.choice[:, 0] + 4 * 6 * 8 + 4 * 8 * 5) + predictors + 2 * 20 * 3)
+    everything = policy("vgg", whole_below=65)
+    assert (everything.decide(x).cost == everything.full(x)).all() and everything.predicted_flops([(x, labels())]) == everything.full(x)
+    image = torch.zeros(1, 1, 9, 6)
+    for options in ({"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}, {"padding": "valid"}, {"padding": (2, 0)}):
+        layer = ChannelConv(nn.Conv2d(1, 2, 3, **options), None, None, None, made.plan)
+        assert layer.positions(image) == layer.conv(image)[0, 0].numel()
 
 
 def test_residual_blocks_prune_the_inside_and_read_it_sparsely():

@@ -9,22 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from neurarium.dynamic.codes import Coded, Grid
 from neurarium.dynamic.exits import EarlyExit, with_exits
 from neurarium.dynamic.live import trace_memory
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import patch_inference
-from neurarium.dynamic.patch_quant import (
-    Coded,
-    CodedChain,
-    Grid,
-    QuantisedModel,
-    Statistics,
-    entropy,
-    outlier_share,
-    outlier_tiles,
-    quantise,
-    quantmcu,
-)
+from neurarium.dynamic.patch_quant import bit_scores, entropy, outlier_tiles, quantmcu, usual_values
+from neurarium.dynamic.quantised import CodedChain, QuantisedModel, Statistics, operations, outlier_share, quantise
 from neurarium.errors import BadInput, UnsupportedModel
 
 
@@ -64,11 +55,9 @@ def test_quantiser(bits):
     assert len(coded.buffer) == math.ceil(105 * bits / 8) and torch.equal(coded.read(), grid(x))
 
 
-def test_entropy_falls_with_the_bits(statistics):
-    for t in range(3):
-        for i in range(3):
-            losses = [statistics.entropy_loss(t, i, b) for b in (8, 4, 2, 1)]
-            assert losses[0] == 0 and losses == sorted(losses) and losses[-1] <= 1
+def test_entropy_falls_with_the_bits(task, statistics):
+    lost = -bit_scores(task[0], statistics, 1.0, (8, 4, 2, 1))
+    assert (lost[0] == 0).all() and (lost.diff(dim=0) >= 0).all() and (lost[-1].sum(1) <= 1).all()
     counts = torch.tensor([1, 1, 2, 0])
     assert entropy(counts) == pytest.approx(1.5)
     x = torch.randn(10_000)
@@ -81,12 +70,13 @@ def test_limits_of_lambda_and_of_outliers(task):
     free = float("inf")
     assert (quantmcu(patched, images, lam=1.0, outlier_z=free).bits == 8).all()
     assert (quantmcu(patched, images, lam=0.0, outlier_z=free).bits == 2).all()
-    assert outlier_share(patched, images, 0.0).min() == 1 and outlier_share(patched, images, free).max() == 0
+    share = [outlier_share(patched, images, usual_values(images, z)) for z in (0.0, free, 2.0)]
+    assert share[0].min() == 1 and share[1].max() == 0
     assert all(outlier_tiles(patched, images, 2.0)) and not any(outlier_tiles(patched, images, 6.0))
     none = quantmcu(patched, images, lam=0.0, outlier_z=0.0)
     with torch.no_grad():
         assert (none.bits == 8).all() and torch.equal(none(images), quantise(patched, images, 8)(images))
-    assert outlier_share(patched, images, 2.0).mean(1).tolist() == pytest.approx([0.0455] * 6, abs=0.01)  # they are Gaussian
+    assert share[2].mean(1).tolist() == pytest.approx([0.0455] * 6, abs=0.01)  # they are Gaussian
 
 
 def test_a_tile_with_outliers_keeps_eight_bits(task):
@@ -95,6 +85,61 @@ def test_a_tile_with_outliers_keeps_eight_bits(task):
     spiky[:, :, 3, 3] = 9.0  # in the first tile alone
     bits = quantmcu(patched, spiky, lam=0.0, outlier_z=3.0).bits
     assert (bits[0] == 8).all() and (bits[-1] == 2).all()
+
+
+def test_few_bits_where_work_outweighs_information(task, statistics):
+    """Work and entropy as shares of the branch: at lambda 1/2 the sign of their difference decides between 8 and 2 bits, by brute force."""
+    patched, images = task
+    table = quantmcu(patched, images, bits=(8, 2), outlier_z=float("inf")).bits
+    work = torch.tensor(operations(patched)).double()
+    for t in range(len(work)):
+        coarse = [statistics.histogram[t, i].view(256, -1).sum(1) for i in range(work.shape[1])]
+        before, after = [entropy(c) for c in coarse], []
+        for i, counts in enumerate(statistics.histogram[t]):
+            low, high = statistics.low[t, i], statistics.high[t, i]
+            centres = low + (high - low) * (torch.arange(len(counts)) + 0.5) / len(counts)
+            codes = Grid.of(statistics.inner_low[t, i], statistics.inner_high[t, i], 2).codes(centres)
+            after.append(entropy(torch.stack([counts[codes == k].sum() for k in range(4)])))
+        for i in range(work.shape[1]):
+            few = 0.75 * work[t, i] / work[t].sum() > (before[i] - after[i]) / sum(before)
+            assert table[t, i] == (2 if few else 8)
+    assert {2, 8} == set(table.flatten().tolist())
+
+
+def spots(images, loud):
+    """A bright spot in the first tile of these images."""
+    images = images.clamp(-2.5, 2.5)
+    images[loud, :, 3:5, 3:5] = 12.0
+    return images
+
+
+def test_outliers_are_told_apart_while_it_runs(task):
+    patched, images = task
+    loud = torch.arange(24) < 4
+    images = spots(images, loud)
+    model = quantmcu(patched, images, lam=0.0, dynamic=True)
+    quiet, full = quantise(patched, images, model.bits), quantise(patched, images, 8)
+    assert (model.bits == 2).all()
+    with torch.no_grad():
+        out = model(images)
+        for k in (0, 10):  # alone as in a batch
+            torch.testing.assert_close(model(images[k : k + 1]), out[k : k + 1])
+        everywhere = images.clone()
+        everywhere[..., ::2, ::2] = 12.0
+        assert torch.equal(model(everywhere), full(everywhere))
+        assert trace_memory(model, everywhere[:1]).peak == model.plan().peak == full.plan().peak
+        assert trace_memory(model, images[-1:]).peak == quiet.plan().peak
+        want = patched(images)
+        assert (out - want)[~loud].square().mean() < (quiet(images) - want)[~loud].square().mean()  # spots widen no range
+    torch.testing.assert_close(model(images), out, rtol=1e-4, atol=1e-5)  # rounded floats
+    macs = torch.tensor(operations(patched))
+    reached = [(s[patched.graph.source][0][0] < 5, s[patched.graph.source][1][0] < 5) for s in patched.tiles().values()]  # by halos too
+    assert model.counted(images)[~loud].unique().tolist() == [model.stage_bitops] == [16 * int(macs.sum())]
+    assert model.counted(images)[loud].unique().tolist() == [model.stage_bitops + 48 * int(macs[[all(r) for r in reached]].sum())]
+    assert quiet.counted(images).unique().tolist() == [quiet.stage_bitops]
+    assert model(images[:0]).shape == out[:0].shape
+    with pytest.raises(BadInput, match="cannot be met"):
+        quantmcu(patched, images, dynamic=True, limit_bytes=0.8 * full.plan().patch_peak)
 
 
 def test_operations_by_hand():
@@ -118,6 +163,11 @@ def test_codes_take_the_bytes_that_are_planned(task):
     with torch.no_grad():
         assert trace_memory(mixed, images[:1]).peak == mixed.plan().peak
     assert quantise(patched, images, 8).plan().peak <= patched.plan().peak  # the last map goes right into the output
+    wide = mobile_net(MobileConfig(8, (Block(1, 8), Block(3, 24, 2), Block(6, 24)), 0, 4)).eval()
+    for dynamic in (False, True):  # nothing of the stage lives on behind it
+        model = quantmcu(patch_inference(wide, images, patches=(2, 2), split="1"), images, dynamic=dynamic, outlier_z=6.0)
+        with torch.no_grad():
+            assert model.plan().worst.tile is None and trace_memory(model, images[:1]).peak == model.plan().peak
 
 
 def test_codes_and_rounded_floats_are_the_same_function(task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise, product
 
 import pytest
@@ -54,7 +55,18 @@ def test_transition_by_brute_force():
     torch.testing.assert_close(got.transition, want)
     h = (1 / 3) * (1 / 2) + (2 / 3) * (1 / 3)
     assert got.visits[1, 1] == pytest.approx(h) and got.mass[1, 1] == pytest.approx(1) and got.mass[1, 2] == pytest.approx(1 - h)
-    assert got.score(paths[0]) == pytest.approx(torch.tensor([1 / 3, h]).log().sum().item())
+    assert got.score(paths[0]) == pytest.approx(math.log(1 / 3 * 1 / 2))
+
+
+def test_a_path_scores_the_probability_of_its_walk():
+    for paths in (LAYERED, SKIPPING):  # all walks are paths
+        found = path_importance(paths)
+        assert sum(math.exp(found.score(p)) for p in {tuple(p): p for p in paths}.values()) == pytest.approx(1)
+    even = path_importance(LAYERED, overlap=lambda a, b: 1.0)
+    assert even.score(LAYERED[3]) == pytest.approx(sum(math.log(even.visits[node]) for node in LAYERED[3]))
+    skipped = path_importance([[(0, 1)], [(0, 1), (1, 1)]])
+    assert skipped.score([(0, 1)]) == skipped.score([(0, 1), (1, 1)])  # no path is better for being short
+    assert skipped.score([(0, 1), (1, 2)]) == skipped.score([(1, 1)]) == -math.inf
 
 
 def test_limits():

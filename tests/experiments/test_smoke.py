@@ -17,7 +17,7 @@ COMPARISONS = list(catalog.load().comparisons)
 @pytest.mark.parametrize("paper", WORKING + COMPARISONS, ids=lambda paper: paper.id)
 def test_smoke(paper: catalog.Paper | catalog.Comparison, tmp_path: Path) -> None:
     try:
-        record = lab.run(paper, scale="smoke", seeds=1, out=tmp_path, progress=False)
+        record = lab.run(paper, scale="smoke", seeds=1, out=tmp_path, engine="inline", progress=False)
     except RecordError as error:
         if "MissingData" in str(error):
             pytest.skip(f"its data are not here: {error}")

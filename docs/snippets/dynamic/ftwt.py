@@ -12,7 +12,7 @@ model = nn.Sequential(
     nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
 )  # fmt: skip
 # your trained network: any that torch.fx can trace
-policy = FTWT(model, mass=0.9, granularity=4, embedding=64)
+policy = FTWT(model, mass=0.9, granularity=4, embedding=64, whole_below=1)  # without it maps as small as these are computed whole
 batches = task.train.batches(64)
 print(policy.predicted_flops(batches), "of", policy.full(task.train.x))  # FLOPs an image, known before any mask is learned
 fit_policy(policy, batches, epochs=2, optimizer=lambda parameters: SGD(policy.groups(), momentum=0.9))

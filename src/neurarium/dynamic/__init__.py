@@ -23,9 +23,10 @@ from neurarium.dynamic.lora_experts import DynMoLE, auxiliary_loss, mole_transfo
 from neurarium.dynamic.mobile import MobileConfig, mobile_net, redistribute
 from neurarium.dynamic.outcome import Family, Policy, Staged
 from neurarium.dynamic.patch import PatchedModel, patch_inference, plan_memory, search_schedule
-from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
+from neurarium.dynamic.patch_quant import quantmcu
 from neurarium.dynamic.perceiver import CrossAttentionLayer, DistilledExit, DynPerceiver
 from neurarium.dynamic.pose import VideoPoseTransformer, mpjpe, pose_loss
+from neurarium.dynamic.quantised import QuantisedModel
 from neurarium.dynamic.robust_family import ProARD
 from neurarium.dynamic.robustness import dynn_robustness, transfer
 from neurarium.dynamic.sensors import DynST, SensorMask, apply_mask

@@ -3,11 +3,10 @@
 A patient can be measured in several ways, each at a price. Stage 1 classifies on one view, stage 2 buys a second, and so on. Every stage
 is an ensemble; where its members disagree about the answer, the next view is bought.
 
-*Equations.* View v has a graph over the training patients: edges between the pairs of smallest cosine distance, as many as give each
-patient ``neighbours`` on average, with the similarity as weight; A = edges + I, rows divided by their sums. Encoder of view v:
-H <- LeakyReLU_{1/4}(A H W + b), three times, with dropout between; logits = H W + b.
+*Equations.* View v has an ensemble of graph networks over patients of similar measurements (:mod:`~neurarium.dynamic.sample_graph`), three
+layers with dropout between; two views or more are joined by a network on the outer product of what each says
+(:class:`~neurarium.dynamic.ensemble.VCDN`).
 
-- *fusion of m >= 2 views* (VCDN): sigmoid of each view's C logits, their outer product as C^m numbers, Linear, LeakyReLU, Linear.
 - *ensemble*: T independent draws of all weights. Answer: the class that most members name. Spread u: the standard deviation over members
   of the probability of that class (:class:`~neurarium.dynamic.gates.Spread`; the score of the gate is 1 - u).
 - *stop* at stage s if u <= t_s. (t_1, t_2, ...) is the point of a grid over observed spreads with the best validation accuracy; among
@@ -39,198 +38,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Adam
 
 from neurarium.dynamic.budget import Curve, calibrate
 from neurarium.dynamic.cost import evaluating
+from neurarium.dynamic.ensemble import VCDN, Pooled, vote, weighted_loss
 from neurarium.dynamic.exits import EarlyExit, check_labels
-from neurarium.dynamic.gates import Gate, Spread, votes
+from neurarium.dynamic.gates import Gate, Spread
 from neurarium.dynamic.outcome import Mode, Outcome
+from neurarium.dynamic.sample_graph import Encoder, SampleGraph
 from neurarium.dynamic.staged import dense, step
 from neurarium.errors import BadInput
 from neurarium.learn.fit import to
 from neurarium.roles import History, Loader
 
-__all__ = ["SGUQ", "VCDN", "Pooled", "SampleGraph", "ViewStages", "vote"]
+__all__ = ["SGUQ", "ViewStages", "search"]
 
 Views = Sequence[Tensor]
-
-
-def vote(members: Tensor) -> Tensor:
-    """Log-probabilities ``(n, classes)`` of an ensemble's logits ``(n, members, classes)``: the majority's answer wins, among equals the
-    one of largest mean probability. p_c = (votes for c + mean probability of c) / (members + 1)."""
-    p = members.softmax(-1)
-    share = (votes(p) + p.mean(1)) / (members.shape[1] + 1)
-    return share.clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
-class Pooled(Gate):
-    """Asks another gate about the mean probabilities of an ensemble."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.gate = gate
-
-    def forward(self, k: int, logits: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
-        return self.gate(k, pooled(logits), memory)
-
-
-def pooled(members: Tensor) -> Tensor:
-    """Log of the mean probability, ``(n, members, classes) -> (n, classes)``."""
-    p = members.softmax(-1).mean(1)
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
-class SampleGraph(nn.Module):
-    """Edges between the training samples of most similar direction, and from new samples to them.
-
-    Args:
-        dim: features of a sample.
-        neighbours: k, edges of a training sample on average; the smallest similarity that has an edge follows from it.
-    """
-
-    def __init__(self, dim: int, neighbours: float = 2) -> None:
-        super().__init__()
-        if not neighbours > 0:
-            raise BadInput(f"neighbours must be positive, not {neighbours}")
-        self.neighbours = neighbours
-        self.register_buffer("points", torch.empty(0, dim))  # training samples, of length 1
-        self.register_buffer("bound", torch.zeros(()))
-
-    def build(self, x: Tensor) -> SampleGraph:
-        """Take ``x`` (n, dim) as the training samples."""
-        n = len(x)
-        if n < 2:
-            raise BadInput(f"a graph needs at least 2 samples, not {n}")
-        points = F.normalize(x.to(self.bound), dim=1)
-        edges = min(n * (n - 1), round(self.neighbours * n))
-        similarity = (points @ points.T)[~torch.eye(n, dtype=torch.bool, device=x.device)]
-        self.points, self.bound = points, similarity.topk(edges).values[-1]
-        return self
-
-    def adjacency(self) -> Tensor:
-        """A between the training samples, ``(n, n)``, rows sum to 1."""
-        similarity = self._edges(self.points).fill_diagonal_(0)
-        return F.normalize(torch.maximum(similarity, similarity.T) + torch.eye(len(similarity)).to(similarity), p=1, dim=1)
-
-    def attach(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of A of new samples: to the training samples ``(m, n)``, and to themselves ``(m, 1)``."""
-        edges = self._edges(F.normalize(x, dim=1))
-        total = edges.sum(1, keepdim=True) + 1
-        return edges / total, 1 / total
-
-    def transduce(self, x: Tensor) -> Tensor:
-        """A over training and new samples together, edges only between old and new ones, both ways: ``(n + m, n + m)``."""
-        edges = self._edges(F.normalize(x, dim=1))
-        m, n = edges.shape
-        both = torch.cat([torch.cat([edges.new_zeros(n, n), edges.T], 1), torch.cat([edges, edges.new_zeros(m, m)], 1)])
-        return F.normalize(both + torch.eye(n + m).to(both), p=1, dim=1)
-
-    def _edges(self, points: Tensor) -> Tensor:
-        similarity = points @ self.points.T
-        return torch.where((similarity >= self.bound) & (similarity > 0), similarity, 0.0)
-
-
-class _Encoder(nn.Module):
-    """T graph networks on one view: ``(m, dim) -> (m, T, classes)``."""
-
-    def __init__(self, dim: int, classes: int, members: int, neighbours: float, hidden: Sequence[int], dropout: float) -> None:
-        super().__init__()
-        widths = (dim, *hidden)
-        self.graph = SampleGraph(dim, neighbours)
-        self.weights = nn.ParameterList(_drawn(members, a, b) for a, b in zip(widths, (*hidden, classes)))
-        self.biases = nn.ParameterList(torch.zeros(members, b) for b in (*hidden, classes))
-        self.dropout = dropout
-        for i, width in enumerate(hidden):  # what new samples read: the training samples' H W at each layer, (n, T, width)
-            self.register_buffer(f"known_{i}", torch.empty(0, members, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        edges, own = self.graph.attach(x)
-        h = self._linear(0, x)
-        for i in range(len(self.weights) - 1):
-            read = (edges @ getattr(self, f"known_{i}").flatten(1)).unflatten(1, h.shape[1:])
-            h = self._linear(i + 1, self._bend(i, read + own[:, :, None] * h))
-        return h + self.biases[-1]
-
-    def over(self, adjacency: Tensor, x: Tensor) -> Tensor:
-        """The network over a whole graph. Dropout in training mode."""
-        h = self._linear(0, x)
-        for i in range(len(self.weights) - 1):
-            mixed = torch.mm(adjacency, h.flatten(1)).unflatten(1, h.shape[1:])
-            h = self._linear(i + 1, F.dropout(self._bend(i, mixed), self.dropout if i < len(self.weights) - 2 else 0.0, self.training))
-        return h + self.biases[-1]
-
-    def settle(self, x: Tensor) -> None:
-        """Compute what new samples will read."""
-        h, adjacency = self._linear(0, x), self.graph.adjacency()
-        for i in range(len(self.weights) - 1):
-            setattr(self, f"known_{i}", h)
-            h = self._linear(i + 1, self._bend(i, (adjacency @ h.flatten(1)).unflatten(1, h.shape[1:])))
-
-    def transduce(self, x: Tensor) -> Tensor:
-        """New samples and training samples in one graph without edges between training samples."""
-        adjacency, n = self.graph.transduce(x), len(self.graph.points)
-        h = torch.cat([self.known_0, self._linear(0, x)])
-        for i in range(len(self.weights) - 1):
-            h = self._linear(i + 1, self._bend(i, (adjacency @ h.flatten(1)).unflatten(1, h.shape[1:])))
-        return h[n:] + self.biases[-1]
-
-    def _linear(self, i: int, h: Tensor) -> Tensor:
-        """H W_i, ``(m, d)`` or ``(m, T, d) -> (m, T, e)``."""
-        w = self.weights[i]
-        if h.ndim == 2:  # all members read the same features
-            return (h @ w.transpose(0, 1).flatten(1)).unflatten(1, (len(w), -1))
-        return torch.bmm(h.transpose(0, 1), w).transpose(0, 1)
-
-    def _bend(self, i: int, h: Tensor) -> Tensor:
-        return F.leaky_relu(h + self.biases[i], 0.25)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        fit_buffers(self, state, prefix)
-        fit_buffers(self.graph, state, f"{prefix}graph.")
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-def fit_buffers(module: nn.Module, state: Any, prefix: str) -> None:
-    """Give ``module``'s own buffers the shapes that ``state`` has for them: how many samples were trained on is part of what is loaded."""
-    for name, old in list(module.named_buffers(recurse=False)):
-        new = state.get(prefix + name)
-        if new is not None and new.shape != old.shape:
-            setattr(module, name, old.new_empty(new.shape))
-
-
-def _drawn(*shape: int) -> nn.Parameter:
-    """Xavier's normal draw for each member."""
-    return nn.Parameter(torch.randn(shape) * (2 / (shape[-2] + shape[-1])) ** 0.5)
-
-
-class VCDN(nn.Module):
-    """T networks on the outer product of what m views say: m times ``(n, T, classes)`` logits to ``(n, T, classes)``.
-
-    Args:
-        width: of the hidden layer; classes^m by default, as in the paper.
-    """
-
-    def __init__(self, classes: int, views: int, members: int, width: int | None = None) -> None:
-        super().__init__()
-        size = classes**views
-        width = size if width is None else width
-        self.first, self.last = _drawn(members, size, width), _drawn(members, width, classes)
-        self.bias = nn.ParameterList([torch.zeros(members, width), torch.zeros(members, classes)])
-
-    def forward(self, said: Sequence[Tensor]) -> Tensor:
-        h = self.product(said).transpose(0, 1)
-        h = F.leaky_relu(torch.baddbmm(self.bias[0][:, None], h, self.first), 0.25)
-        return torch.baddbmm(self.bias[1][:, None], h, self.last).transpose(0, 1)
-
-    @staticmethod
-    def product(said: Sequence[Tensor]) -> Tensor:
-        """sigmoid(a) x sigmoid(b) x ..., flattened, the last view fastest."""
-        p = said[0].sigmoid()
-        for logits in said[1:]:
-            p = (p[..., :, None] * logits.sigmoid()[..., None, :]).flatten(-2)
-        return p
 
 
 class ViewStages(nn.Module):
@@ -306,7 +130,7 @@ class SGUQ(EarlyExit):
             raise BadInput(f"dropout must lie in [0, 1), not {dropout}")
         if order is not None and sorted(order) != list(range(views)):
             raise BadInput(f"order must name each of the {views} views once, not {tuple(order)}")
-        encoders = [_Encoder(d, num_classes, members, neighbours, hidden, dropout) for d in view_dims]
+        encoders = [Encoder(d, num_classes, members, neighbours, hidden, dropout) for d in view_dims]
         fusions = [VCDN(num_classes, m, members, fusion_width) for m in range(2, views + 1)]
         stages = ViewStages(encoders, fusions, range(views) if order is None else order)
         asked = gate if gate is None or isinstance(gate, (Spread, Pooled)) else Pooled(gate)
@@ -384,7 +208,7 @@ class SGUQ(EarlyExit):
             said.append(encoder.over(graph.adjacency(), x[v]))
         check_labels(y, said[0][:, 0])
         fused = self._stages([s.detach() for s in said])[1:]
-        return torch.stack([_weighted(s, y) for s in (*said, *fused)]).sum()
+        return torch.stack([weighted_loss(s, y) for s in (*said, *fused)]).sum()
 
     def fit(
         self,
@@ -438,7 +262,7 @@ class SGUQ(EarlyExit):
             optimizer = Adam(encoders.parameters(), lr=rates[phase])
             for _ in range(epochs[phase]):
                 said = [e.over(a, v) for e, a, v in zip(encoders, graphs, x)]
-                loss = torch.stack([_weighted(s, y) for s in said]).sum()
+                loss = torch.stack([weighted_loss(s, y) for s in said]).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -464,7 +288,7 @@ class SGUQ(EarlyExit):
                     optimizer = Adam(fusion.parameters(), lr=rate)
                     for said in kept:
                         optimizer.zero_grad()
-                        _weighted(fusion([said[i] for i in chosen]), y).backward()
+                        weighted_loss(fusion([said[i] for i in chosen]), y).backward()
                         optimizer.step()
                     state = {n: t.clone() for n, t in fusion.state_dict().items()}
                 if held is None or y_held is None:
@@ -558,14 +382,6 @@ class _Ballot(nn.Module):
         state, memory = (self.staged.start(carry), None) if self.k == 0 else carry
         state, y, score, memory = step(self.staged, self.gate, self.k, state, memory)
         return vote(y), score, (state, memory)
-
-
-def _weighted(members: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy with each sample weighted by the share of its class, mean over samples, summed over members."""
-    n, t, classes = members.shape
-    loss = F.cross_entropy(members.flatten(0, 1), y.repeat_interleave(t), reduction="none").view(n, t)
-    share = torch.bincount(y, minlength=classes)[y].to(loss) / n
-    return (loss * share[:, None]).mean(0).sum()
 
 
 def search(scores: Tensor, correct: Tensor, spent: Tensor, grid: int = 10_000) -> Tensor:

@@ -86,18 +86,25 @@ def calibrate(scores: Tensor, correct: Tensor, *, grid: int = 64) -> Curve:
 
 
 def _quantiles(scores: Tensor, shares: Tensor) -> Tensor:
-    """Thresholds that let the asked shares of all rows leave, at least one row at each exit that still has any.
+    """Thresholds that let the asked shares of all rows leave, at least one row at each exit that still has any and whose scores differ.
 
-    A threshold lies halfway to the next smaller score: on a calibration row's own score, rounding would decide. It is -inf where all that
-    are left leave, so that an exit that few rows reach does not, by the running maximum, close for the larger q.
+    A threshold lies halfway to the next smaller score: on a calibration row's own score, rounding would decide. Rows of one score leave
+    together: where many share the score at the edge, they all leave or all stay, whichever is nearer to the share that was asked for. The
+    threshold is -inf where all that are left leave, so that an exit that few rows reach does not, by the running maximum, close for the
+    larger q, and inf where nobody does.
     """
     left, tau = scores, torch.full((len(shares),), float("-inf"), dtype=scores.dtype)
     for k in range(scores.shape[1]):
         if not len(left):
             break
-        leave = math.ceil(len(left) * float(shares[k] / shares[k:].sum()))
-        edge = left[:, k].topk(leave).values[-1]
-        left = left[left[:, k] < edge]
-        if len(left):
-            tau[k] = (edge + left[:, k].max()) / 2
+        asked, score = math.ceil(len(left) * float(shares[k] / shares[k:].sum())), left[:, k]
+        edge = score.topk(asked).values[-1]
+        go, above = score >= edge, score > edge
+        if int(go.sum()) - asked > asked - int(above.sum()):
+            go = above
+        left = left[~go]
+        if not go.any():
+            tau[k] = float("inf")
+        elif len(left):
+            tau[k] = (score[go].min() + left[:, k].max()) / 2
     return tau

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from neurarium.dynamic.budget import Curve, calibrate
 from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.gates import Gate, MaxProb
 from neurarium.dynamic.outcome import Mode, Outcome, Policy, Segment, Staged
 from neurarium.dynamic.staged import dense, pick, run, step
+from neurarium.dynamic.tree import has_nan
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import as_chain
 from neurarium.learn.fit import to
@@ -191,23 +191,26 @@ class EarlyExit(Policy):
             freeze_backbone(staged)
 
     def decide(self, x: Any, *, budget: float | None = None, threshold: float | None = None, mode: Mode = "compact") -> Outcome:
-        if any(part.isnan().any() for part in tree_leaves(x) if isinstance(part, Tensor) and part.is_floating_point()):
+        if has_nan(x):
             raise BadInput("the input has NaN: no exit can be sure of what it says about that")
-        tau = self.setting(x, budget=budget, threshold=threshold)
-        totals = self.costs(x).tensor(tau.device)
-        return run(self.staged, self.gate, tau, x, totals=totals, mode=mode, chunk=self.chunk)
+        table = self.costs(x)
+        tau = self._setting(table, budget, threshold)
+        return run(self.staged, self.gate, tau, x, totals=table.tensor(tau.device), mode=mode, chunk=self.chunk)
 
     def setting(self, x: Any, *, budget: float | None = None, threshold: float | None = None) -> Tensor:
         """The thresholds ``(stages,)`` that a budget in FLOPs a row, or one threshold for all exits, stands for."""
+        return self._setting(None if budget is None else self.costs(x), budget, threshold)
+
+    def _setting(self, table: CostTable | None, budget: float | None, threshold: float | None) -> Tensor:
         if budget is not None and threshold is not None:
             raise BadInput("give a budget or a threshold, not both")
         if threshold is not None:
             return torch.full_like(self.tau, threshold)
-        if budget is None:
+        if budget is None or table is None:
             return self.tau
         if self.curve is None:
             raise BadInput("a budget needs a calibrated policy: call calibrate(loader) first")
-        return self.curve.tau[self.curve.pick(budget, self.costs(x))].to(self.tau)
+        return self.curve.tau[self.curve.pick(budget, table)].to(self.tau)
 
     def use(self, x: Any = None, *, budget: float | None = None, threshold: float | None = None) -> EarlyExit:
         """Make a budget (for inputs shaped like ``x``) or a threshold the current setting."""

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.outcome import Family, Mode, Outcome, Policy, Segment
-from neurarium.dynamic.tree import rows, shapes, take
+from neurarium.dynamic.tree import has_nan, parameter_shapes, rows, shapes, take
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import device_of, to
 from neurarium.roles import Loader
@@ -60,7 +59,7 @@ class FamilyPolicy(Policy):
         """FLOPs a row of every configuration, in the order of ``configs``, int64, for inputs shaped like ``example``."""
         if rows(example) == 0:
             raise BadInput("an empty batch has no cost: pass at least one row")
-        key = shapes(example), tuple(p.shape for p in self.parameters())
+        key = shapes(example), parameter_shapes(self)
         if key not in self._prices:
             with evaluating(self):
                 run = self.family.run
@@ -74,6 +73,9 @@ class FamilyPolicy(Policy):
 
     def pick(self, x: Any, *, budget: float | None = None, threshold: float | None = None, config: int | None = None) -> int:
         """The index of the configuration that a budget stands for, of the current one if nothing is given."""
+        return self._pick(None if budget is None else self.prices(x), budget, threshold, config)
+
+    def _pick(self, prices: Tensor | None, budget: float | None, threshold: float | None, config: int | None) -> int:
         if threshold is not None:
             raise BadInput("one configuration serves the whole batch, no row is asked how sure it is: give budget= or config=")
         if budget is not None and config is not None:
@@ -82,9 +84,8 @@ class FamilyPolicy(Policy):
             if not 0 <= config < len(self.configs):
                 raise BadInput(f"config must be an index from 0 to {len(self.configs) - 1}, not {config}")
             return int(config)
-        if budget is None:
+        if budget is None or prices is None:
             return self.setting
-        prices = self.prices(x)
         if not budget >= int(prices.min()):
             raise BadInput(
                 f"a budget of {budget:g} FLOPs a row is below the cheapest configuration: the smallest feasible one is {int(prices.min())}"
@@ -120,10 +121,11 @@ class FamilyPolicy(Policy):
         n = rows(x)
         if n == 0:
             raise BadInput("an empty batch: pass at least one row")
-        if any(part.isnan().any() for part in tree_leaves(x) if isinstance(part, Tensor) and part.is_floating_point()):
+        if has_nan(x):
             raise BadInput("the input has NaN")
-        index = self.pick(x, budget=budget, threshold=threshold, config=config)
-        price = int(self.prices(x)[index])
+        prices = self.prices(x)
+        index = self._pick(prices, budget, threshold, config)
+        price = int(prices[index])
         parts = [x] if mode != "loop" else [take(x, torch.tensor([i])) for i in range(n)]
         outputs = [self.family.run(part, self.configs[index]) for part in parts]
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

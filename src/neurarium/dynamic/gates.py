@@ -40,7 +40,7 @@ def _entropy(p: Tensor) -> Tensor:
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "max_prob": lambda p: p.amax(-1),
     "entropy": _entropy,
-    "margin": lambda p: (p.topk(2, -1).values * p.new_tensor([1.0, -1.0])).sum(-1),
+    "margin": lambda p: -p.topk(2, -1).values.diff(dim=-1).squeeze(-1),
     "power_entropy": lambda p: _entropy(p.square() / p.square().sum(-1, keepdim=True)),
 }
 

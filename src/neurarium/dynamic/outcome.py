@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neurarium.dynamic.cost import CostTable, evaluating
-from neurarium.dynamic.tree import rows, shapes
+from neurarium.dynamic.tree import parameter_shapes, rows, shapes
 from neurarium.errors import BadInput
 from neurarium.roles import Loader, Outcome
 
@@ -104,7 +104,7 @@ class Policy(nn.Module, ABC):
         """FLOPs of each path, measured on one row shaped like ``example``'s and kept per shape (of the input and of the parameters)."""
         if rows(example) == 0:
             raise BadInput("an empty batch has no cost: pass at least one row")
-        key = shapes(example), tuple(p.shape for p in self.parameters())
+        key = shapes(example), parameter_shapes(self)
         if key not in self._tables:
             with evaluating(self):
                 self._tables[key] = CostTable.measure(self.segments(), example)

@@ -4,19 +4,14 @@ The first blocks of an image network work at high resolution and need an order o
 computed tile by tile: a tile of the stage's small output, the part of every earlier map that it needs (with the halo), and nothing else.
 Then the rest runs layer by layer. Halos overlap, so some work is done twice.
 
-*Tiles.* The output map of the patch stage is cut into p x p tiles. Backward through the stage, an interval [a, b) of an operation's
-output needs [a t - q, (b - 1) t - q + k) of its input, clipped to the map: what lies outside is zero padding of that operation alone;
-inside the map there is none, so tiles fit together exactly.
-
-*Memory*, bytes of all buffers alive while an operation runs: its inputs, its output, whatever a later operation still reads. A depthwise
-convolution writes over its input, channel by channel; a sum is accumulated into the shortcut by the convolution that ends the residual
-branch; activations are in place. Patch stage: the largest tile's maximum + its whole output. The image is read in tiles.
+Which part of which map a tile needs, and the bytes alive at every operation: :mod:`neurarium.dynamic.patch_plan`.
 
 *Source.* Lin, Chen, Cai, Gan, Han, "MCUNetV2: Memory-Efficient Patch-based Inference for Tiny Deep Learning", arXiv 2110.15352.
 
-*Departures.* Splits and numbers of tiles are searched exhaustively for a given network (:func:`search_schedule`); the joint search over
-networks and schedules is not rebuilt. Batches run a tile of all rows at a time. A buffer that is overwritten keeps its size until what is
-in it is dead.
+*Departures.* Splits and numbers of tiles are searched exhaustively for a given network (:func:`search_schedule`). The paper searches
+networks and schedules together, in a super-network by evolution; here that is a loop over a few networks, each trained by itself, with
+their schedules (the experiment does it). Batches run a tile of all rows at a time. A buffer that is overwritten keeps its size until what
+is in it is dead.
 
 *Cost.* FLOPs of the halos (:attr:`PatchedModel.overhead`); p^2 times as many, smaller, operations. Training and export run the same
 function without changes in place.
@@ -25,8 +20,6 @@ function without changes in place.
 from __future__ import annotations
 
 import copy
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,58 +30,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from neurarium.dynamic.live import kernel
-from neurarium.dynamic.opgraph import Graph, Op, Span, convolve, folded, padded, reach, run_local, trace
+from neurarium.dynamic.opgraph import Graph, Op, Span, convolve, folded, padded, run_local, trace
+from neurarium.dynamic.patch_plan import MemoryPlan, cut_tiles, extra_flops, overwrites, same_bytes, schedule_memory, slices
 from neurarium.errors import BadInput, UnsupportedModel
 
-__all__ = ["MemoryPlan", "PatchedModel", "Schedule", "Step", "patch_inference", "plan_memory", "search_schedule"]
-
-BytesOf = Callable[[str, int, tuple[int, int] | None], int]  # of a map, its elements, in a tile
+__all__ = ["PatchedModel", "Schedule", "patch_inference", "plan_memory", "search_schedule"]
 
 SLABS = 8  # channels are overwritten, or summed up, in this many parts
-
-
-@dataclass(frozen=True)
-class Step:
-    """Bytes alive while one operation runs. ``tile`` (row, column) in the patch stage."""
-
-    op: str
-    block: str
-    tile: tuple[int, int] | None
-    bytes: int
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Every operation of one inference of one image, in order."""
-
-    steps: tuple[Step, ...]
-
-    @property
-    def peak(self) -> int:
-        """Bytes."""
-        return max(s.bytes for s in self.steps)
-
-    @property
-    def patch_peak(self) -> int:
-        """Of the patch stage, with its output buffer."""
-        return max((s.bytes for s in self.steps if s.tile is not None), default=0)
-
-    @property
-    def rest_peak(self) -> int:
-        """Of what runs layer by layer."""
-        return max((s.bytes for s in self.steps if s.tile is None), default=0)
-
-    @property
-    def worst(self) -> Step:
-        """Where the peak is."""
-        return max(self.steps, key=lambda s: s.bytes)
-
-    def blocks(self) -> dict[str, int]:
-        """The peak of each block."""
-        peaks: dict[str, int] = {}
-        for s in self.steps:
-            peaks[s.block] = max(peaks.get(s.block, 0), s.bytes)
-        return peaks
 
 
 @dataclass(frozen=True)
@@ -118,7 +66,7 @@ def plan_memory(
     if isinstance(model, PatchedModel):
         return model.plan(bytes_per=bytes_per, size=tuple(example.shape[-2:]))
     graph = trace(model, example)
-    return _plan(graph, 0, (1, 1), graph.input_shape[1:], _uniform(bytes_per), (inplace_depthwise, inplace_add))
+    return schedule_memory(graph, 0, (1, 1), graph.input_shape[1:], same_bytes(bytes_per), (inplace_depthwise, inplace_add))
 
 
 def patch_inference(
@@ -207,8 +155,8 @@ def _search(
     size, local = graph.input_shape[1:], graph.local()
 
     def schedule(p: tuple[int, int], split: int) -> Schedule:
-        peak = _plan(graph, split, p, size, _uniform(bytes_per), flags).peak
-        return Schedule(p, split, peak, _extra(model, graph, split, p, size) / max(graph.flops, 1))
+        peak = schedule_memory(graph, split, p, size, same_bytes(bytes_per), flags).peak
+        return Schedule(p, split, peak, extra_flops(model, graph, split, p, size) / max(graph.flops, 1))
 
     found = [schedule((1, 1), 0)]
     for split, (_, end) in enumerate(graph.blocks, 1):
@@ -216,164 +164,6 @@ def _search(
         found += [schedule(p, split) for p in patches if p[0] <= height and p[1] <= width and p != (1, 1)]
     fitting = [s for s in found if limit is not None and s.peak <= limit]
     return min(fitting, key=lambda s: (s.overhead, s.peak)) if fitting else min(found, key=lambda s: (s.peak, s.overhead))
-
-
-def _uniform(bytes_per: float) -> BytesOf:
-    return lambda name, numel, tile: math.ceil(numel * bytes_per)
-
-
-def _extra(model: nn.Module, graph: Graph, split: int, patches: tuple[int, int], size: Sequence[int]) -> int:
-    """FLOPs of one image that are done more than once."""
-    stage = graph.stage(split)
-    sizes = graph.sizes(size[0], size[1], stage)
-    tiled = sum(_flops(model, op, _numel(spans[op.name])) for _, spans in _tiles(graph, stage, patches, sizes) for op in graph.ops[:stage])
-    return tiled - sum(_flops(model, op, math.prod(sizes[op.name])) for op in graph.ops[:stage])
-
-
-def _flops(model: nn.Module, op: Op, pixels: int) -> int:
-    if op.kind != "conv":
-        return 0
-    weight: Any = model.get_submodule(op.call.target).weight
-    return 2 * weight.numel() * pixels
-
-
-def _numel(span: Span) -> int:
-    return (span[0][1] - span[0][0]) * (span[1][1] - span[1][0])
-
-
-def _tiles(
-    graph: Graph, stage: int, patches: tuple[int, int], sizes: Mapping[str, tuple[int, int]]
-) -> list[tuple[tuple[int, int], dict[str, Span]]]:
-    """Each tile's place and the part of each map that it needs."""
-    if not stage:
-        return []
-    ops = graph.ops[:stage]
-    height, width = sizes[ops[-1].name]
-    if patches[0] > height or patches[1] > width:
-        raise BadInput(f"an output map of {height}x{width} cannot be cut into {patches[0]}x{patches[1]} tiles")
-    rows, columns = _cuts(height, patches[0]), _cuts(width, patches[1])
-    return [((i, j), reach(ops, sizes, (r, c))) for i, r in enumerate(rows) for j, c in enumerate(columns)]
-
-
-def _cuts(n: int, parts: int) -> list[tuple[int, int]]:
-    edges = [round(i * n / parts) for i in range(parts + 1)]
-    return list(itertools.pairwise(edges))
-
-
-# ---- the plan -----------------------------------------------------------------------------------------------------------------------
-
-
-class _Buffers:
-    """Names on buffers: what the plan keeps of the memory."""
-
-    def __init__(self, bytes_of: Callable[[str, int], int]) -> None:
-        self.bytes_of = bytes_of
-        self.size: dict[int, int] = {}
-        self.names: dict[int, set[str]] = {}
-        self.at: dict[str, set[int]] = {}
-        self._number = itertools.count()
-
-    @property
-    def live(self) -> int:
-        return sum(self.size.values())
-
-    def new(self, name: str, numel: int) -> None:
-        key = next(self._number)
-        self.size[key], self.names[key] = self.bytes_of(name, numel), {name}
-        self.at.setdefault(name, set()).add(key)
-
-    def share(self, name: str, other: str) -> None:
-        self.at.setdefault(name, set()).update(self.at[other])
-        for key in self.at[other]:
-            self.names[key].add(name)
-
-    def free(self, name: str) -> None:
-        for key in self.at.pop(name):
-            self.names[key].discard(name)
-            if not self.names[key]:
-                del self.names[key], self.size[key]
-
-    def takes(self, name: str, size: int) -> bool:
-        """Nothing else is in the buffer of ``name``, and it has this many bytes."""
-        (key, *more) = self.at[name]
-        return not more and self.names[key] == {name} and size <= self.size[key]
-
-
-def overwrites(op: Op, free: Callable[[str], bool], held: tuple[int, int], out: tuple[int, int], flags: tuple[bool, bool]) -> str | None:
-    """The input whose buffer takes the result.
-
-    Args:
-        free: whether nobody reads a map again and its buffer has room and nothing else in it.
-        held, out: height and width of the first input, as far as it is in memory, and of the output.
-        flags: depthwise convolutions, sums in place.
-    """
-    depthwise, add = flags
-    if op.kind == "conv" and op.other is not None:
-        return op.other if add and op.other not in op.inputs and free(op.other) else None
-    if op.kind == "conv" and op.depthwise:
-        return op.inputs[0] if depthwise and out[0] <= held[0] and out[1] <= held[1] and free(op.inputs[0]) else None
-    if op.kind == "point" or (op.kind == "binary" and add):
-        return next((name for name in op.inputs if free(name)), None)
-    return None
-
-
-def _plan(
-    graph: Graph, split: int, patches: tuple[int, int], size: Sequence[int], bytes_of: BytesOf, flags: tuple[bool, bool]
-) -> MemoryPlan:
-    stage = graph.stage(split)
-    steps: list[Step] = []
-    sizes = graph.sizes(size[0], size[1], graph.local())
-    memory = _Buffers(lambda name, numel: bytes_of(name, numel, None))
-    if stage:
-        last = graph.ops[stage - 1]
-        memory.new(last.name, last.shape[0] * math.prod(sizes[last.name]))  # type: ignore[index]
-        for place, spans in _tiles(graph, stage, patches, sizes):
-            tile = _Buffers(lambda name, numel, place=place: bytes_of(name, numel, place))  # type: ignore[misc]
-            tile.new(graph.source, graph.input_shape[0] * _numel(spans[graph.source]))
-            held = {n: (s[0][1] - s[0][0], s[1][1] - s[1][0]) for n, s in spans.items()}
-            _walk(
-                graph, 0, stage, tile, held, flags, lambda op, live, at=place: steps.append(Step(op.name, op.block, at, live + memory.live))
-            )
-    else:
-        memory.new(graph.source, graph.input_shape[0] * math.prod(size))
-    _walk(graph, stage, len(graph.ops), memory, sizes, flags, lambda op, live: steps.append(Step(op.name, op.block, None, live)))
-    if not steps:
-        steps.append(Step(graph.source, "", None, memory.live))
-    return MemoryPlan(tuple(steps))
-
-
-def _walk(
-    graph: Graph,
-    first: int,
-    stop: int,
-    memory: _Buffers,
-    held: Mapping[str, tuple[int, int]],
-    flags: tuple[bool, bool],
-    note: Callable[..., None],
-) -> None:
-    for i in range(first, stop):
-        op = graph.ops[i]
-        if op.kind == "other":
-            for name in op.views:
-                memory.share(op.name, name)
-            if op.numel or not op.views:
-                memory.new(op.name, op.numel)
-        else:
-            out = held.get(op.name, op.shape[1:])  # type: ignore[index]
-            numel = op.shape[0] * math.prod(out)  # type: ignore[index]
-            size = memory.bytes_of(op.name, numel)
-
-            def free(name: str, i: int = i, size: int = size) -> bool:
-                return graph.last[name] == i and memory.takes(name, size)
-
-            target = overwrites(op, free, held.get(op.inputs[0], (0, 0)), out, flags)
-            if target is None:
-                memory.new(op.name, numel)
-            else:
-                memory.share(op.name, target)
-        note(op, memory.live + (memory.bytes_of(op.name, op.inner) if op.inner else 0))
-        for name in {n for n in (*op.reads, op.name) if graph.last.get(n, i) <= i}:
-            memory.free(name)
 
 
 # ---- running it ---------------------------------------------------------------------------------------------------------------------
@@ -412,16 +202,16 @@ class PatchedModel(nn.Module):
     @cached_property
     def flops(self) -> int:
         """Of one image, halos included."""
-        return self.graph.flops + _extra(self.model, self.graph, self.split, self.patches, self.graph.input_shape[1:])
+        return self.graph.flops + extra_flops(self.model, self.graph, self.split, self.patches, self.graph.input_shape[1:])
 
     def plan(self, *, bytes_per: float = 1, size: Sequence[int] | None = None) -> MemoryPlan:
         """Memory of one image of this height and width (the example's by default)."""
-        return _plan(self.graph, self.split, self.patches, size or self.graph.input_shape[1:], _uniform(bytes_per), self.flags)
+        return schedule_memory(self.graph, self.split, self.patches, size or self.graph.input_shape[1:], same_bytes(bytes_per), self.flags)
 
     def tiles(self, size: Sequence[int] | None = None) -> dict[tuple[int, int], dict[str, Span]]:
         """Place of a tile -> the part of each map that it needs, by the name of the operation that makes it."""
         height, width = size or self.graph.input_shape[1:]
-        return dict(_tiles(self.graph, self.stage, self.patches, self.graph.sizes(height, width, self.stage)))
+        return dict(cut_tiles(self.graph, self.stage, self.patches, self.graph.sizes(height, width, self.stage)))
 
     def extra_repr(self) -> str:
         return f"patches={self.patches}, split={self.split} of {len(self.graph.blocks)} blocks"
@@ -440,7 +230,7 @@ class PatchedModel(nn.Module):
         graph, last = self.graph, self.graph.ops[self.stage - 1]
         sizes = graph.sizes(x.shape[2], x.shape[3], self.stage)
         if self.stage:
-            tiles = _tiles(graph, self.stage, self.patches, sizes)
+            tiles = cut_tiles(graph, self.stage, self.patches, sizes)
             with kernel():
                 weights = {op.name: folded(self.model, op) for op in graph.ops[: self.stage] if op.kind == "conv"}
             whole = x.new_empty(len(x), last.shape[0], *sizes[last.name]) if own else None  # type: ignore[misc]
@@ -458,7 +248,7 @@ class PatchedModel(nn.Module):
                     (top, bottom), (left, right) = spans[last.name]
                     whole[..., top:bottom, left:right] = env[last.name]
                 env.clear()
-            env = {last.name: _stitch(parts, self.patches) if whole is None else whole}
+            env = {last.name: stitch(parts, self.patches) if whole is None else whole}
             del whole
         else:
             env = {graph.source: x.clone() if own else x}
@@ -500,7 +290,7 @@ class PatchedModel(nn.Module):
         op, model = self.graph.ops[i], self.model
         views, pads = self._reads(op, env, spans, sizes)
         first = views[op.inputs[0]]
-        out = _out(op, first, pads)
+        out = out_size(op, first, pads)
 
         def free(name: str) -> bool:
             mine = env[name].untyped_storage().data_ptr()
@@ -531,7 +321,7 @@ class PatchedModel(nn.Module):
                 y = views[target] if target == op.other else views[target][..., : out[0], : out[1]]
                 with kernel():
                     slabs = SLABS if op.depthwise or conv.groups == 1 else 1
-                    for a, b in _cuts(len(weight), min(slabs, len(weight))):
+                    for a, b in slices(len(weight), min(slabs, len(weight))):
                         read = x[:, a:b] if op.depthwise else x
                         part = convolve(
                             model, op, read, padding, (weight[a:b], None if bias is None else bias[a:b]), b - a if op.depthwise else None
@@ -546,7 +336,7 @@ def _bare(op: Op) -> Op:
     return replace(op, points=())
 
 
-def _out(op: Op, x: Tensor, pads: tuple[int, int, int, int] | None) -> tuple[int, int]:
+def out_size(op: Op, x: Tensor, pads: tuple[int, int, int, int] | None) -> tuple[int, int]:
     """Height and width of what the operation makes of this crop."""
     if op.window is None:
         return tuple(x.shape[2:])  # type: ignore[return-value]
@@ -579,6 +369,6 @@ def _finish_inplace(model: nn.Module, op: Op, y: Tensor) -> Tensor:
     return y
 
 
-def _stitch(parts: Sequence[Tensor], patches: tuple[int, int]) -> Tensor:
+def stitch(parts: Sequence[Tensor], patches: tuple[int, int]) -> Tensor:
     rows = [torch.cat(list(parts[k : k + patches[1]]), 3) for k in range(0, len(parts), patches[1])]
     return torch.cat(rows, 2)

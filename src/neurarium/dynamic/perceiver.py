@@ -132,7 +132,7 @@ class DynPerceiver(nn.Module):
         """State: (map, tokens, last answer of the tokens)."""
         x, last = state[0], len(self.stages) - 1
         if k == 0:
-            x = self.stem(x)
+            x = _pixels(self.stem(x))
             # A clone: torch's FLOP counter trips over a view of a parameter that goes into a submodule.
             z = self._look(0, x, self.latent.expand(x.shape[0], -1, -1).clone())
             for i in range(last - 1):
@@ -145,7 +145,7 @@ class DynPerceiver(nn.Module):
             y = self.heads[1](self._with(0, y, [z.mean(1)]))
             return (x, z, y), y
         if k == 2:
-            x = self._ask(last, self.stages[last](x), z)
+            x = self._ask(last, self.stages[last](_pixels(x)), z)
             pooled = self.pool(x)
             return (pooled, z.mean(1), y), self.heads[2](pooled)
         return state, self.heads[3](self._with(1, y, [x, z]))
@@ -160,7 +160,7 @@ class DynPerceiver(nn.Module):
     def _advance(self, i: int, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Stage i on the map, hints between, then reading and thinking at stage i + 1."""
         z = self.between[i](z)
-        x = self._ask(i, self.stages[i](x), z)
+        x = self._ask(i, self.stages[i](_pixels(x)), z)
         return x, self._look(i + 1, x, z)
 
     def _look(self, i: int, x: Tensor, z: Tensor) -> Tensor:
@@ -173,6 +173,11 @@ class DynPerceiver(nn.Module):
         if self.again is not None:
             parts = [*parts, self.again[i](answer)]
         return torch.cat(parts, 1)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Each pixel's channels side by side in memory: then a map is a list of tokens without a copy, and pooling is faster, too."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class CrossAttentionLayer(nn.Module):

@@ -47,7 +47,7 @@ from neurarium.dynamic.gates import Gate
 from neurarium.dynamic.outcome import Mode, Outcome
 from neurarium.dynamic.parts import KeyValues, Parts, take_apart
 from neurarium.dynamic.staged import pick
-from neurarium.dynamic.tree import take
+from neurarium.dynamic.tree import parameter_shapes, take
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.fit import check_labels
 from neurarium.roles import Loader
@@ -274,7 +274,7 @@ class SortedFineTuning(EarlyExit):
         return y[order], choice[order]
 
     def _prices(self, time: int, length: int) -> _Prices:
-        key = "generate", time, length, tuple(p.shape for p in self.parameters())
+        key = "generate", time, length, parameter_shapes(self)
         if key not in self._tables:
             with evaluating(self), torch.inference_mode():
                 prompt = self._counted(time, 0)
@@ -313,8 +313,11 @@ class SortedFineTuning(EarlyExit):
             return
         if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] == 0 or x.dtype != torch.int64:
             raise BadInput("expected token ids, int64 (rows, time)")
-        if not torch.compiler.is_exporting() and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.parts.vocabulary:
-            raise BadInput(f"token ids must lie in 0..{self.parts.vocabulary - 1}, not {int(x.min())}..{int(x.max())}")
+        if torch.compiler.is_exporting() or not x.numel():
+            return
+        low, high = map(int, x.aminmax())
+        if not 0 <= low <= high < self.parts.vocabulary:
+            raise BadInput(f"token ids must lie in 0..{self.parts.vocabulary - 1}, not {low}..{high}")
 
     def _check_target(self, out: Tensor, y: Tensor) -> None:
         if len(out) == 0:

@@ -63,23 +63,25 @@ def step(staged: Staged, gate: Gate, k: int, state: Any, memory: Any) -> tuple[A
 
 
 def _compact(staged: Staged, gate: Gate, tau: Tensor, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-    state, memory, active = staged.start(x), None, None
+    state, memory, active = staged.start(x), None, None  # active: which rows the state holds; None is all, in order
     left: list[tuple[Tensor, ...]] = []  # (rows, outputs, choices, scores) that have left
     for k in range(staged.n_stages):
         state, y, score, memory = step(staged, gate, k, state, memory)
-        if active is None:
-            active = torch.arange(len(y), device=y.device)
-        if score is None:
-            score, leave = y.new_ones(len(y)), torch.ones_like(active, dtype=torch.bool)
-        else:
-            leave = score >= tau[k : k + 1]
-        go, stay = leave.nonzero().squeeze(1), (~leave).nonzero().squeeze(1)
-        if len(go):
-            left.append((active[go], y[go], torch.full_like(go, k), score[go]))
-        if len(stay) == 0:
+        n = len(y)
+        leave = None if score is None else score >= tau[k]
+        going = n if leave is None else int(leave.count_nonzero())
+        if going == n:  # all that are left; nothing to sort if none left before
+            score, choice = y.new_ones(n) if score is None else score, torch.full((n,), k, device=y.device)
+            if active is None:
+                return y, choice, score
+            left.append((active, y, choice, score))
             break
-        if len(go):
-            state, memory, active = take((state, memory, active), stay)
+        if going == 0:
+            continue
+        go, stay = leave.nonzero().squeeze(1), leave.logical_not().nonzero().squeeze(1)
+        left.append((go if active is None else active[go], y[go], torch.full_like(go, k), score[go]))
+        state, memory = take((state, memory), stay)
+        active = stay if active is None else active[stay]
     where, output, choice, score = (torch.cat(p) for p in zip(*left))
     order = where.argsort()
     return output[order], choice[order], score[order]

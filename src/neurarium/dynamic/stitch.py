@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from neurarium.dynamic.cost import CostTable, evaluating
 from neurarium.dynamic.exits import ExitChain, check_labels
 from neurarium.dynamic.family import FamilyPolicy
-from neurarium.dynamic.tree import rows, shapes
+from neurarium.dynamic.tree import has_nan, parameter_shapes, rows, shapes
 from neurarium.errors import BadInput, UnsupportedModel
 from neurarium.learn.chain import as_chain
 from neurarium.learn.fit import device_of
@@ -204,7 +204,7 @@ def stitch(
         raise BadInput(f"stitching needs at least two anchors, not {len(anchors)}")
     if kernel < 1 or stride < 1:
         raise BadInput(f"kernel and stride must be at least 1, not {kernel} and {stride}")
-    if example.is_floating_point() and example.isnan().any():
+    if has_nan(example):
         raise BadInput("the example has NaN")
     parts = [anchor(model, example) for model in anchors]
     prices, kinds = [], set()
@@ -267,7 +267,7 @@ class SNNet(FamilyPolicy):
     def prices(self, example: Any) -> Tensor:
         if rows(example) == 0:
             raise BadInput("an empty batch has no cost: pass at least one row")
-        key = shapes(example), tuple(p.shape for p in self.parameters())
+        key = shapes(example), parameter_shapes(self)
         if key not in self._prices:
             self._prices[key] = tuple(self.family.prices(example, self.configs))
         return torch.tensor(self._prices[key], dtype=torch.int64)
@@ -275,7 +275,7 @@ class SNNet(FamilyPolicy):
     @torch.no_grad()
     def init_stitches(self, x: Tensor, ridge: float = 0.0) -> SNNet:
         """Set every map by least squares on the features of ``x`` (about 100 inputs). ``ridge`` shrinks the weights, not the bias."""
-        if len(x) == 0 or x.isnan().any():
+        if len(x) == 0 or has_nan(x):
             raise BadInput("least squares needs at least one input, and no NaN")
         with evaluating(self):
             features = [[_table(f) for f in a.features(x.to(device_of(self)))] for a in self.family.anchors]

@@ -10,7 +10,10 @@ often visited operations are *topologically important*, and training (and the ch
 - *chain*: P = w, each row normalised, the output absorbing; Q its part without the output;
 - *visits*: N = (I - Q)^-1, h(l, o) = N[input, (l, o)], the probability that a walk passes (each node at most once: the graph has no cycle);
 - *mass*: m(l, o) = sum_{o' >= o} h(l, o'), how often the units that o adds are trained, as wider options contain them;
-- *path*: TAP(p) = sum over the operations of p of log h.
+- *path*: TAP(p) = sum over the steps a -> b of p, from input to output, of log P(a -> b), the log-probability that a walk takes just p.
+
+Without blocks to skip and with even overlaps TAP is the sum of log h over the operations of p. With them that sum would praise paths for
+being short; a probability weighs the step over a block against the steps through it.
 
 *Design.* Sub-networks are put into ``levels`` bins of cost (logarithmic in FLOPs); each bin keeps the ``per_level`` of largest TAP.
 *Training:* a step runs the largest, the smallest and paths whose bin is drawn uniformly and which in their bin are drawn by
@@ -64,8 +67,12 @@ class Importance:
     mass: Mapping[Node, float]
 
     def score(self, path: Sequence[Node]) -> float:
-        """TAP of a path; -inf where it takes an operation that no walk visits."""
-        return sum(math.log(h) if (h := self.visits.get(node, 0.0)) > 0 else -math.inf for node in path)
+        """TAP of a path; -inf where it takes a step that no walk takes."""
+        place = {node: i + 1 for i, node in enumerate(self.nodes)}
+        if any(node not in place for node in path):
+            return -math.inf
+        steps = [0, *(place[node] for node in path), len(self.nodes) + 1]
+        return float(self.transition[steps[:-1], steps[1:]].log().sum())
 
 
 def operations(model: nn.Module) -> Callable[[Config], list[Node]]:

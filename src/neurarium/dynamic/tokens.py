@@ -22,11 +22,12 @@ always kept).
 cluster, attention); Li et al., "H2OT: Hierarchical Hourglass Tokenizer for Efficient Video Pose Transformers", arXiv 2509.06956 (several
 cuts, uniform, interpolation).
 
-*Departures.* Queries start as the host's code of time (zero where it shows none), and the recovering attention's matrices as the identity,
-so that each query asks for tokens of its own time and gets them as they are: queries of zero and random matrices, trained for few epochs,
-answer little more than the mean pose. The k smallest d_ij include the frame itself, as in the first authors' code; two frames that are each
-other's nearest then have equal densities at k = 2, and such ties are broken by a fixed sequence, so that results repeat. The scores of
-``"attention"`` and ``"motion"`` and the codes of the places after the first cut are reconstructed.
+*Departures.* Queries start as the host's code of time (zero where it shows none), and the recovering attention's matrices as the identity:
+the head at first reads an average of kept tokens as they are, with a mark of its frame, and the attention has to learn which kept frames
+are near. Queries of zero and random matrices, trained for as few epochs, err about twice as much. The k smallest d_ij include the frame
+itself, as in the first authors' code; two frames that are each other's nearest then have equal densities at k = 2, and such ties are
+broken by a fixed sequence, so that results repeat. The scores of ``"attention"`` and ``"motion"`` and the codes of the places after the
+first cut are reconstructed.
 
 *Cost.* The blocks after a cut to m of F frames cost about m / F. Clustering takes 2 F^2 C FLOPs, recovering by attention 4 (F + m) C^2 +
 4 F m C, interpolation a few operations an output; all but the last are in the count of a FLOP counter.

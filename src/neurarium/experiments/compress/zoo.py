@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from neurarium.lab import Trial
 
 __all__ = [
-    "Augmented", "TrainedGPT", "accuracy", "cifar", "convnet", "finetune", "gpt", "mlpnet", "mnist", "mobilenet", "reestimate_bn", "resnet",
-    "vgg",
+    "Augmented", "TrainedGPT", "accuracy", "cached", "cifar", "convnet", "finetune", "gpt", "mlpnet", "mnist", "mobilenet",
+    "next_token_loss", "reestimate_bn", "resnet", "sentences", "vgg",
 ]  # fmt: skip
 
 
@@ -306,3 +306,6 @@ def _cached(config: dict[str, Any], trial: Trial, make: Callable[[], nn.Module],
     if any(isinstance(m, nn.Conv2d) for m in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model.eval().to(trial.device)
+
+
+cached, sentences = _cached, _sentences  # for the experiments of other rooms

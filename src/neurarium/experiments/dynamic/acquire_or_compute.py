@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
 
-from neurarium.dynamic.acquisition import Pooled, pooled, vote
 from neurarium.dynamic.budget import calibrate
+from neurarium.dynamic.ensemble import Pooled, pooled, vote
 from neurarium.dynamic.gates import LearnedGate, MaxProb, Spread
 from neurarium.dynamic.jei import gate_targets
 from neurarium.dynamic.staged import pick

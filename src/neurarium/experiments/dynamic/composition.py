@@ -30,7 +30,7 @@ from neurarium.dynamic.jei import JEIDNN
 from neurarium.dynamic.live import trace_memory
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import patch_inference
-from neurarium.dynamic.patch_quant import CodedChain, quantise
+from neurarium.dynamic.quantised import CodedChain, quantise
 from neurarium.dynamic.sorted import SortedNet
 from neurarium.dynamic.train import fit_policy
 from neurarium.experiments.dynamic import zoo

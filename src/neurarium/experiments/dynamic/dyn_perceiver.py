@@ -80,9 +80,10 @@ def run(trial: Trial) -> None:
         policy.calibrate(bench.val.batches(500, shuffle=False))
         table = make("dynp", trial).costs(example)
         arm.log(**sweep(policy, bench.test, table.total[0], table.full))
-        seconds, spent = clock(policy, bench.test.x[:512], trial.scale(smoke=1, laptop=9))
-        arm.log(flop_ratio=spent)
-        arm.log_timed(time_ratio=seconds)
+        if arm.name in ("linear_exits", "dynp"):
+            seconds, spent = clock(policy, bench.test.x[:512], trial.scale(smoke=1, laptop=9))
+            arm.log(flop_ratio=spent)
+            arm.log_timed(time_ratio=seconds)
 
 
 def prepare(trial: Trial) -> Bench:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EPS = (0.05, 0.1, 0.2)  # pixels lie in [0, 1]
 THRESHOLD = 0.9  # leave where the largest probability reaches it
 SWEEP = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 2.0)
-LR = 5e-3
+LR, EPOCHS = 5e-3, 4
 
 LABELS = {"static": "static", "joint": "exits, trained jointly", "ic_only": "exits on the frozen network", "late": "joint, no first exit"}
 COLOURS = {"static": "#555555", "joint": "#d55e00", "ic_only": "#0072b2", "late": "#009e73"}
@@ -41,12 +41,12 @@ COLOURS = {"static": "#555555", "joint": "#d55e00", "ic_only": "#0072b2", "late"
 def run(trial: Trial) -> None:
     task = mnist(trial, train=4000, test=500, size=14, standardise=False)
     test, steps = task.test.to(trial.device), trial.scale(smoke=2, laptop=10)
-    rows, early = trial.scale(smoke=(40, 10), laptop=(250, 96))
+    rows, early = trial.scale(smoke=(30, 6), laptop=(250, 128))
     data = x, y = test.x[:rows], test.y[:rows]
 
     def plain() -> nn.Module:
         batches = task.train.to(trial.device).batches(64, seed=trial.seed)
-        return train(network(task, trial), batches, epochs=epochs(trial), lr=LR, seed=trial.seed)
+        return train(network(task, trial), batches, epochs=EPOCHS, lr=LR, seed=trial.seed)
 
     for arm in trial.arms("static", "joint", "ic_only", "late"):
         static = trial.shared("static", plain)
@@ -59,7 +59,7 @@ def run(trial: Trial) -> None:
             arm.log(accuracy=accuracy(static, x, y))
             continue
         policy = fit(arm.name, static, task, trial)
-        attack = {"steps": trial.scale(smoke=10, laptop=300)}
+        attack = {"steps": trial.scale(smoke=3, laptop=300)}
         report = dynn_robustness(policy, static, data, eps=EPS, steps=steps, early_rows=early, early=attack)
         full = policy.costs(x).full
         arm.log(
@@ -79,10 +79,6 @@ def run(trial: Trial) -> None:
             arm.curve(name, *sweep(policy, images, y, full))
 
 
-def epochs(trial: Trial) -> int:
-    return trial.scale(smoke=4, laptop=4)
-
-
 def network(task: ImageTask, trial: Trial) -> BackboneS:
     return BackboneS(task.train.x.shape[1], task.classes).to(trial.device)
 
@@ -90,8 +86,8 @@ def network(task: ImageTask, trial: Trial) -> BackboneS:
 def fit(name: str, static: nn.Module, task: ImageTask, trial: Trial) -> EarlyExit:
     """The policy of an arm, with as many steps on the same rows as the static network had."""
     batches = task.train.to(trial.device).batches(64, seed=trial.seed)
-    schedule = partial(OneCycleLR, max_lr=LR, total_steps=epochs(trial) * len(batches))
-    learn = partial(fit_policy, epochs=epochs(trial), optimizer=partial(AdamW, lr=LR), schedule=schedule, seed=trial.seed)
+    schedule = partial(OneCycleLR, max_lr=LR, total_steps=EPOCHS * len(batches))
+    learn = partial(fit_policy, epochs=EPOCHS, optimizer=partial(AdamW, lr=LR), schedule=schedule, seed=trial.seed)
     if name == "ic_only":
         policy = EarlyExit(copy.deepcopy(static), threshold=THRESHOLD, frozen=True)
         with cached(policy, task.train.x[:2].to(trial.device)) as features:

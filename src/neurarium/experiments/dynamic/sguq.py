@@ -19,7 +19,8 @@ from torch import Tensor
 
 from neurarium import data
 from neurarium.data import ViewData
-from neurarium.dynamic.acquisition import SGUQ, Pooled, search, vote
+from neurarium.dynamic.acquisition import SGUQ, search
+from neurarium.dynamic.ensemble import Pooled, vote
 from neurarium.dynamic.gates import Gate, MaxProb, Spread
 from neurarium.dynamic.staged import dense, pick
 

@@ -3,6 +3,7 @@
 Digits with noise of graded strength at 14x14; an elastic backbone at 8 widths, with and without the residual blocks of its last stages.
 Every arm trains on as many counted FLOPs as ``sorted`` (three forward passes a row and step), with the same optimizer. Its peak rate is the
 best of 0.002, 0.005, 0.012 and 0.03 by the mean accuracy over its networks on images of another draw (``alone``: of the largest one).
+Where that is the largest of them, 0.06 is no better (``sorted``) or worse (``truncate``).
 
 - ``truncate``: the whole network is trained, slices are cut afterwards;
 - ``sandwich``: the largest, the smallest and two others a step, taught by the largest;

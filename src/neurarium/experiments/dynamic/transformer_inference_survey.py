@@ -95,14 +95,14 @@ class Bench:
 
 def prepare(trial: Trial) -> Bench:
     """Data, and the transformer trained on it."""
-    epochs, (train, test) = EPOCHS[trial.name], trial.scale(smoke=(300, 200), laptop=(6000, 4000))
+    epochs, (train, test) = EPOCHS[trial.name], trial.scale(smoke=(120, 100), laptop=(6000, 4000))
     task = zoo.mnist(trial, train=train, test=test, size=20)
 
     def fit(model: nn.Module) -> None:
         zoo.train(model, task.train.batches(64, seed=trial.seed), epochs=epochs, lr=2e-3, seed=trial.seed)
 
     def make() -> nn.Module:
-        return VisionTransformerS(1, 20, 4, width=64, depth=6, heads=4, mlp=2, classes=task.classes)
+        return VisionTransformerS(1, 20, 4, width=64, depth=trial.scale(smoke=3, laptop=6), heads=4, mlp=2, classes=task.classes)
 
     model = zoo.trained("vit", trial, make, fit, sum=float(task.train.x.double().sum()), epochs=epochs)
     half, last = train // 2, train - train // 6
@@ -180,8 +180,8 @@ def run(trial: Trial) -> None:
     def bench() -> Bench:
         return trial.shared("bench", lambda: prepare(trial))
 
-    def student(b: Bench, depth: int = 3) -> VisionTransformerS:
-        return VisionTransformerS(1, 20, 4, width=64, depth=depth, heads=4, mlp=2, classes=b.task.classes)
+    def student(b: Bench) -> VisionTransformerS:
+        return VisionTransformerS(1, 20, 4, width=64, depth=len(b.model.blocks) // 2, heads=4, mlp=2, classes=b.task.classes)
 
     def distil(b: Bench) -> nn.Module:
         """The student sees the training set as often as its teacher did; so does the one that has no teacher."""

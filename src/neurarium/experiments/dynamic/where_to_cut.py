@@ -28,7 +28,16 @@ from neurarium.dynamic.sorted_llm import SortedFineTuning
 from neurarium.dynamic.tokens import prune_tokens
 from neurarium.dynamic.train import fit_policy, measure
 from neurarium.errors import BadInput
-from neurarium.experiments.dynamic.transformer_inference_survey import Bench, apply, prepare, rank_units, relative_time, remove_units, right
+from neurarium.experiments.dynamic.transformer_inference_survey import (
+    Bench,
+    Ranking,
+    apply,
+    prepare,
+    rank_units,
+    relative_time,
+    remove_units,
+    right,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +45,7 @@ if TYPE_CHECKING:
     from neurarium.lab import RecordView, Trial
 
 TARGETS = (0.68, 0.51)  # four and three of six layers
+WIDTHS = (0.25, 0.35, 0.45, 0.5, 0.55, 0.65, 0.75, 0.85, 1.0)
 
 LABELS = {
     "depth": "sorted depths", "tokens": "fewer tokens, one cut", "pyramid": "fewer tokens, a pyramid",
@@ -52,13 +62,7 @@ def run(trial: Trial) -> None:
         b = bench()
         x = b.task.test.x[:64]
         full = meter.flops(b.model, x[:1])
-        if arm.name == "bits":
-            model = apply("bits", b.tune(copy.deepcopy(b.model), epochs=2), 4, list(b.tuning.batches(64, seed=b.seed))[:8])
-            cut = [(right(model, b.task.test), 1.0, model)] * 2
-        elif arm.name in ("depth", "width", "exits"):
-            cut = POLICIES[arm.name](b, full)
-        else:
-            cut = [MODELS[arm.name](b, share * full, full) for share in TARGETS]
+        cut = WAYS[arm.name](b, full, trial.scale(smoke=3, laptop=9))
         accuracies, costs, models = zip(*cut)
         arm.log(accuracies=list(accuracies), costs=list(costs), accuracy=accuracies[-1], flops=costs[-1])
         arm.log_timed(time=relative_time(models[-1], b, b.task.test.x[:256] if arm.name == "exits" else x))
@@ -67,12 +71,12 @@ def run(trial: Trial) -> None:
 Cut = tuple[float, float, nn.Module]  # accuracy, share of the FLOPs, what was measured
 
 
-def within(make: Callable[[float], nn.Module], flops: float, x: Any) -> nn.Module:
-    """The network of the largest level in (0, 1] that costs at most ``flops`` a row, found by bisection."""
+def within(make: Callable[[float], nn.Module], flops: float, x: Any, tries: int = 9) -> nn.Module:
+    """The network of the largest level in (0, 1] that costs at most ``flops`` a row, found by bisection, to 1 / 2^tries."""
     low, high, best = 0.0, 1.0, make(0.02)
     if meter.flops(best, x[:1]) > flops:
         raise BadInput(f"not even the smallest network stays within {flops:.0f} FLOPs")
-    for _ in range(9):
+    for _ in range(tries):
         middle = (low + high) / 2
         model = make(middle)
         if meter.flops(model, x[:1]) <= flops:
@@ -82,18 +86,19 @@ def within(make: Callable[[float], nn.Module], flops: float, x: Any) -> nn.Modul
     return best
 
 
-def tuned(model: nn.Module, b: Bench, full: int) -> Cut:
-    model = b.tune(model)
-    return right(model, b.task.test), meter.flops(model, b.task.test.x[:1]) / full, model
-
-
-def tokens(b: Bench, flops: float, full: int) -> Cut:
-    n = len(b.model.embed.position)
+def tuned(make: Callable[[float], nn.Module], b: Bench, full: int, tries: int) -> list[Cut]:
+    """For each target the largest network within it, trained on for one pass."""
     x = b.task.test.x
-    return tuned(within(lambda level: prune_tokens(b.model, keep=max(1, round(level * n)), at=1), flops, x), b, full)
+    models = [b.tune(within(make, share * full, x, tries)) for share in TARGETS]
+    return [(right(model, b.task.test), meter.flops(model, x[:1]) / full, model) for model in models]
 
 
-def pyramid(b: Bench, flops: float, full: int) -> Cut:
+def tokens(b: Bench, full: int, tries: int) -> list[Cut]:
+    n = len(b.model.embed.position)
+    return tuned(lambda level: prune_tokens(b.model, keep=max(1, round(level * n)), at=1), b, full, tries)
+
+
+def pyramid(b: Bench, full: int, tries: int) -> list[Cut]:
     """Cuts after the first, second and fourth block, each to the same share of what came before; equally spaced tokens."""
     n = len(b.model.embed.position)
     places = [1, 2, min(4, len(b.model.blocks) - 1)] if len(b.model.blocks) > 3 else [1]
@@ -102,29 +107,32 @@ def pyramid(b: Bench, flops: float, full: int) -> Cut:
         keep = [max(len(places) - i, min(n - 1 - i, round(n * level ** (i + 1)))) for i in range(len(places))]
         return prune_tokens(b.model, keep=keep, at=places, prune="uniform")
 
-    return tuned(within(make, flops, b.task.test.x), b, full)
+    return tuned(make, b, full, tries)
 
 
-def fewer_units(b: Bench, flops: float) -> nn.Module:
+def ranked(b: Bench) -> list[Ranking]:
     loader = list(b.tuning.batches(64, seed=b.seed))[:4]
-    rankings = [rank_units(b.model, kind, loader) for kind in ("heads", "ffn")]
-    return within(lambda level: remove_units(b.model, rankings, level), flops, b.task.test.x)
+    return [rank_units(b.model, kind, loader) for kind in ("heads", "ffn")]
 
 
-def units(b: Bench, flops: float, full: int) -> Cut:
-    return tuned(fewer_units(b, flops), b, full)
+def units(b: Bench, full: int, tries: int) -> list[Cut]:
+    rankings = ranked(b)
+    return tuned(lambda level: remove_units(b.model, rankings, level), b, full, tries)
 
 
-def experts(b: Bench, flops: float, full: int) -> Cut:
+def experts(b: Bench, full: int, tries: int) -> list[Cut]:
     """The cut network is frozen; four experts of rank 4 beside its feed-forward maps learn. All of them at once stay within the target."""
-    loader = list(b.tuning.batches(64, seed=b.seed))[:4]
-    rankings = [rank_units(b.model, kind, loader) for kind in ("heads", "ffn")]
+    rankings = ranked(b)
 
     def make(level: float) -> nn.Module:
         small = remove_units(b.model, rankings, level)
-        return mole_transform(small, targets=("up", "down"), experts=4, rank=4, top_k=1, entropy_threshold=-math.inf)
+        return mole_transform(small, targets=("up", "down"), experts=4, rank=4, top_k=1, entropy_threshold=-math.inf, dispatch="sparse")
 
-    model = within(make, flops, b.task.test.x)
+    return [taught(within(make, share * full, b.task.test.x, tries), b, full) for share in TARGETS]
+
+
+def taught(model: nn.Module, b: Bench, full: int) -> Cut:
+    """The adapters trained for one pass; after it a row takes as many experts as its router needs to be sure."""
     for module in model.modules():
         if isinstance(module, DynMoLE):
             module.entropy_threshold = 0.9
@@ -143,7 +151,8 @@ def experts(b: Bench, flops: float, full: int) -> Cut:
     return right(model, b.task.test), meter.flops(model, x) / len(x) / full, model
 
 
-def depth(b: Bench, full: int) -> list[Cut]:
+def depth(b: Bench, full: int, tries: int) -> list[Cut]:
+    del tries
     n, x = len(b.model.blocks), b.task.test.x[:1]
     policy = SortedFineTuning(copy.deepcopy(b.model), sorted({max(1, n // 2), max(1, 2 * n // 3), n}))
     fit(policy, b)
@@ -152,20 +161,29 @@ def depth(b: Bench, full: int) -> list[Cut]:
     return [(right(model, b.task.test), cost, model) for cost, model in best]
 
 
-def width(b: Bench, full: int) -> list[Cut]:
+def width(b: Bench, full: int, tries: int) -> list[Cut]:
     x = b.task.test.x[:4]
     model = make_elastic(b.model, x)
     reorder(model)
-    policy = SortedNet(model, x, widths=(0.25, 0.35, 0.45, 0.5, 0.55, 0.65, 0.75, 0.85, 1.0))
+    policy = SortedNet(model, x, widths=WIDTHS[:: (len(WIDTHS) - 1) // (tries - 1)])
     fit(policy, b)
     return [budgeted(policy, b, share, full) for share in TARGETS]
 
 
-def exits(b: Bench, full: int) -> list[Cut]:
+def exits(b: Bench, full: int, tries: int) -> list[Cut]:
+    del tries
     policy = EarlyExit(with_exits(b.model, b.task.test.x[:2], cuts=min(3, len(b.model.blocks))))
     fit(policy, b)
     policy.calibrate(b.held_out.batches(500, shuffle=False))
     return [budgeted(policy, b, share, full) for share in TARGETS]
+
+
+def bits(b: Bench, full: int, tries: int) -> list[Cut]:
+    """All FLOPs stay; two passes, as it is one network for both targets."""
+    del full, tries
+    loader = list(b.tuning.batches(64, seed=b.seed))[:8]
+    model = apply("bits", b.tune(copy.deepcopy(b.model), epochs=2), 4, loader)
+    return [(right(model, b.task.test), 1.0, model)] * len(TARGETS)
 
 
 def fit(policy: Any, b: Bench) -> None:
@@ -181,8 +199,9 @@ def budgeted(policy: Any, b: Bench, share: float, full: int) -> Cut:
     return found["accuracy"], found["cost"] / full, copy.deepcopy(policy)
 
 
-MODELS = {"tokens": tokens, "pyramid": pyramid, "units": units, "experts": experts}
-POLICIES = {"depth": depth, "width": width, "exits": exits}
+WAYS: dict[str, Callable[[Bench, int, int], list[Cut]]] = {
+    "depth": depth, "tokens": tokens, "pyramid": pyramid, "units": units, "width": width, "exits": exits, "experts": experts, "bits": bits,
+}  # fmt: skip
 
 
 def figure(record: RecordView, fig: Figure) -> None:

@@ -24,7 +24,7 @@ from neurarium.data import ImageTask
 from neurarium.dynamic.backbones import BackboneS
 from neurarium.dynamic.decoder import Decoder
 from neurarium.errors import MissingData
-from neurarium.experiments.compress.zoo import _cached, _sentences, next_token_loss
+from neurarium.experiments.compress.zoo import cached, next_token_loss, sentences
 from neurarium.experiments.images import images, replaced
 from neurarium.learn.fit import Backprop
 from neurarium.meter import latency
@@ -75,7 +75,8 @@ def train(
 ) -> nn.Module:
     """AdamW with one cycle of the learning rate, in place; eval mode after."""
     schedule = partial(OneCycleLR, max_lr=lr, total_steps=epochs * len(batches))
-    Backprop(loss=loss, optimizer=partial(AdamW, lr=lr), schedule=schedule, clip=clip).fit(model, batches, epochs=epochs, seed=seed)
+    optimizer = partial(AdamW, lr=lr, fused=True)  # one kernel for all parameters
+    Backprop(loss=loss, optimizer=optimizer, schedule=schedule, clip=clip).fit(model, batches, epochs=epochs, seed=seed)
     return model.eval()
 
 
@@ -83,7 +84,7 @@ def trained(name: str, trial: Trial, make: Callable[[], nn.Module], fit: Callabl
     """What ``make`` and ``fit`` give under the trial's seed, kept on disk by ``config`` (JSON values) and by the sources of both."""
     sources = [inspect.getsource(inspect.getmodule(f.func if isinstance(f, partial) else f)) for f in (make, fit, trained)]
     mark = hashlib.sha256("".join(sources).encode()).hexdigest()
-    return _cached({"name": name, "scale": trial.name, "sources": mark, **config}, trial, make, fit)
+    return cached({"name": name, "scale": trial.name, "sources": mark, **config}, trial, make, fit)
 
 
 def backbone(trial: Trial, task: ImageTask, *, epochs: int = 4) -> BackboneS:
@@ -132,7 +133,7 @@ def characters(trial: Trial, *names: str) -> dict[str, str]:
             texts[name] = data.text(name).train.text
         except MissingData:
             trial.stand_in(f"words drawn from a small grammar instead of {name}, which is not here")
-            texts[name] = _sentences(40_000)[i * 10 :]
+            texts[name] = sentences(40_000)[i * 10 :]
     return texts
 
 

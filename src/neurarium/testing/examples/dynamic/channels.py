@@ -26,10 +26,10 @@ def ftwt() -> Example:
             nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3),
         )  # fmt: skip
         model(x)  # statistics of the normalisation
-        policy = FTWT(model, granularity=2, embedding=16)
+        policy = FTWT(model, granularity=2, whole_below=40, embedding=16)
         for p in policy.predictors():
             nn.init.normal_(p, std=1.0)
-        policy.eval().calibrate([(x, torch.arange(24) % 3)], grid=4)
+        policy.eval().calibrate([(x, torch.arange(24) % 3)], grid=3)
         return policy
 
     return Example("policy", make=make, inputs=_images)

@@ -14,7 +14,7 @@ def dynmole() -> Example:
 
     def make(seed: int) -> DynMoLE:
         del seed
-        layer = DynMoLE(nn.Linear(6, 5), experts=3, rank=2, entropy_threshold=0.8)
+        layer = DynMoLE(nn.Linear(6, 5), experts=3, rank=2, entropy_threshold=0.8, dispatch="sparse")
         nn.init.normal_(layer.up)
         nn.init.normal_(layer.router)
         return layer

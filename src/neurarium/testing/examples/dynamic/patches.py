@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from neurarium.dynamic.mobile import Block, MobileConfig, mobile_net
 from neurarium.dynamic.patch import PatchedModel, patch_inference
-from neurarium.dynamic.patch_quant import QuantisedModel, quantmcu
+from neurarium.dynamic.patch_quant import quantmcu
+from neurarium.dynamic.quantised import QuantisedModel
 from neurarium.testing.example import Example
 
 
