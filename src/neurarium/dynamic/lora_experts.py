@@ -22,8 +22,8 @@ Hu et al. 2021.
 coefficients are reconstructed, all are arguments. Experts that a token does not use are not run for it where that saves time, which takes
 a certain rank: below it the layer runs all of them on all tokens and weighs them, with the same output, unless ``dispatch="sparse"``.
 
-*Cost.* 2 in out + 2 in N + 2 r (in + out) |K| FLOPs a token, |K| = N in a dense run: ``last_cost``. 512x512 with 8 experts, 2.2 of them
-active, one thread, microseconds a token, sparse against dense: SPARSE8
+*Cost.* 2 in out + 2 in N + 2 r (in + out) |K| FLOPs a token, |K| = N in a dense run: ``last_cost``. 512x512, one thread,
+microseconds a token, sparse against dense: 6.0 and 5.5 with 2.2 of 8 experts of rank 8, 8.2 and 19.3 with 2.5 of 16 of rank 64.
 """
 
 from __future__ import annotations
