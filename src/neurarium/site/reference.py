@@ -22,8 +22,12 @@ def reference_pages() -> dict[str, str]:
         modules = [f"neurarium.{name}"]
         if name not in single:
             folder = file.parent / name
-            found = (path for path in sorted(folder.rglob("*.py")) if not path.name.startswith("_") and "examples" not in path.parts)
-            modules += [".".join((f"neurarium.{name}", *path.relative_to(folder).with_suffix("").parts)) for path in found]
+            found = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")) if "examples" not in path.parts)
+            for path in found:
+                if path.name == "__init__.py" and path.parent.parts:  # a package inside stands for itself, before its modules
+                    path = path.parent
+                if not path.name.startswith("_"):
+                    modules.append(".".join((f"neurarium.{name}", *path.with_suffix("").parts)))
         body = "\n\n".join(_section(module) for module in modules)
         pages[f"reference/{name}.md"] = f'---\ntitle: "neurarium.{name}"\n{HIDE}\n---\n\n# neurarium.{name}\n\n{body}\n'
     items = "\n".join(f"- [`neurarium.{name}`]({name}.md): {first_line(f'neurarium.{name}')}" for name in (p[10:-3] for p in pages))
