@@ -134,6 +134,9 @@ def test_outliers_are_told_apart_while_it_runs(task):
     torch.testing.assert_close(model(images), out, rtol=1e-4, atol=1e-5)  # rounded floats
     macs = torch.tensor(operations(patched))
     reached = [(s[patched.graph.source][0][0] < 5, s[patched.graph.source][1][0] < 5) for s in patched.tiles().values()]  # by halos too
+    spotted, without = torch.tensor([all(r) for r in reached]), quantise(patched, images[~loud], model.bits)
+    torch.testing.assert_close(model.high[spotted], without.high[spotted])  # of the images without outliers there
+    torch.testing.assert_close(model.low[spotted], without.low[spotted])
     assert model.counted(images)[~loud].unique().tolist() == [model.stage_bitops] == [16 * int(macs.sum())]
     assert model.counted(images)[loud].unique().tolist() == [model.stage_bitops + 48 * int(macs[[all(r) for r in reached]].sum())]
     assert quiet.counted(images).unique().tolist() == [quiet.stage_bitops]
