@@ -329,6 +329,6 @@ def figure(record: RecordView, fig: Figure) -> None:
     axes[2].plot([0, 0.8], [0, 0.8], color="#999999", lw=1, ls="--")
     rank = spearmanr([record.mean(n, "flops") for n in names], [record.mean(n, "time") for n in names]).statistic if len(names) > 2 else 1.0
     title = f"What a saved FLOP is worth (rank {rank:.2f})"
-    axes[2].set(xlabel="counted FLOPs saved", ylabel="seconds saved", title=title, ylim=(max(low, -1) - 0.05, 0.8))
+    axes[2].set(xlabel="counted FLOPs saved", ylabel="seconds saved", title=title, ylim=(low - 0.1, 0.8))
     axes[2].grid(alpha=0.25)
     fig.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
