@@ -34,9 +34,15 @@ class Inline:
     """Every unit in this process, one after another."""
 
     def map(self, units: Sequence[Unit], emit: Emit) -> None:
-        """Run the units in their order."""
+        """Run the units in their order. A number of threads that an experiment sets ends with it."""
+        import torch
+
+        threads = torch.get_num_threads()
         for unit in units:
-            execute(unit, emit)
+            try:
+                execute(unit, emit)
+            finally:
+                torch.set_num_threads(threads)
 
 
 def engine(name: str | Engine, *, jobs: int = 1, address: str | None = None) -> Engine:
