@@ -24,7 +24,7 @@ cuts, uniform, interpolation).
 
 *Departures.* Queries start as the host's code of time (zero where it shows none), and the recovering attention's matrices as the identity:
 the head at first reads an average of kept tokens as they are, with a mark of its frame, and the attention has to learn which kept frames
-are near. Queries of zero and random matrices, trained for as few epochs, err about twice as much. The k smallest d_ij include the frame
+are near. Queries of zero and random matrices erred about twice as much in a short training. The k smallest d_ij include the frame
 itself, as in the first authors' code; two frames that are each other's nearest then have equal densities at k = 2, and such ties are
 broken by a fixed sequence, so that results repeat. The scores of ``"attention"`` and ``"motion"`` and the codes of the places after the
 first cut are reconstructed.

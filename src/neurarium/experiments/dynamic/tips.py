@@ -3,9 +3,9 @@
 Digits with noise of graded strength at 14x14; an elastic backbone whose four stages have four widths each and whose last two stages may
 skip a residual block: 1,024 sub-networks. Every arm spends the same counted FLOPs (three forward passes a row and step), offers 22 networks
 (four in each of five bins of cost, the largest and the smallest; ``manual`` has four in all) and picks for each of five budgets the one
-that is best on validation images. The peak rate of each arm is the best of 0.005, 0.012, 0.03 and 0.06 by the mean ``front`` over three
-other draws of the data. In sandwiches (of which TIPS is one) the largest network's answers and the labels count alike: with answers alone
-all of them learn more slowly in so short a training.
+that is best on validation images. The peak rate of each arm is the best of 0.005, 0.012, 0.03 and 0.06 by the mean ``front`` over two or
+three other draws of the data. In sandwiches (of which TIPS is one) the largest network's answers and the labels count alike: with answers
+alone all of them learn more slowly in so short a training.
 
 - ``uniform``: four sub-networks a step, any of all; ``sandwich``: the largest, the smallest and two of any, taught by the largest;
 - ``manual``: sandwiches of the four networks whose stages all have the same share of their width;
